@@ -1,0 +1,1 @@
+"""A trainer for on-policy distillation against a remote teacher."""

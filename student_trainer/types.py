@@ -1,0 +1,65 @@
+"""What flows through the training loop: Prompt -> Rollout -> ScoredRollout. Plain numpy on the host, no torch.
+
+Shape legend: P prompt tokens, N completion tokens (EOS included), K ids kept per position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from teacher_api.types import FloatArray, IntArray, Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem put to the student."""
+
+    index: int  # its place in the data source
+    token_ids: IntArray  # [P]
+    text: str = ""
+    answer: str | None = None  # reference answer where the data has one; used by evaluation only
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion the student sampled. Three policies must not be confused (docs/losses.md): `behaviour_logprob`
+    is log b(y) of the policy that sampled (after temperature, top-p, top-k); `full_logprob` is log q_old(y) of the
+    same weights at T = 1, untruncated."""
+
+    uid: int  # global sample number of the run: (step * batch_size + prompt row) * group_size + member
+    prompt: Prompt
+    token_ids: IntArray  # [N], with the EOS token if it ended by itself
+    finish: Literal["eos", "length"]
+    behaviour_logprob: FloatArray  # [N]
+    full_logprob: FloatArray  # [N]
+    student_topk_ids: IntArray | None = None  # [N, K]: ids the student found likely at sampling time, best first
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRollout:
+    """A rollout and the teacher's view of every one of its completion tokens: row n of `scores` is token n."""
+
+    rollout: Rollout
+    scores: Scores
+
+    def __post_init__(self) -> None:
+        start = len(self.rollout.prompt.token_ids)
+        expected = np.arange(start, start + self.rollout.num_tokens, dtype=np.int32)
+        if not np.array_equal(self.scores.positions, expected):
+            raise ValueError(
+                f"scores of sample {self.rollout.uid} cover positions {self.scores.positions[:3]}… "
+                f"({self.scores.num_rows} rows); expected {start}…{start + self.rollout.num_tokens - 1}"
+            )
+
+
+Metrics = dict[str, float]
+BoolArray = npt.NDArray[np.bool_]

@@ -1,0 +1,1 @@
+"""The wire contract and a torch-free client for it."""

@@ -1,0 +1,1 @@
+"""A long-running service that returns per-token teacher logprobs."""

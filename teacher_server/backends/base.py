@@ -1,0 +1,91 @@
+"""The seam between the service and an engine. A backend owns a loaded model and turns jobs into scores; it knows
+nothing of requests, transports, tenants or queues. To add one: a file here with a subclass, registered in
+backends/__init__.py; the contract suite (tests/contract) then runs over it.
+
+Invariants: a backend answers each job with all of its rows or with an error, never with fewer rows; a backend that
+can't honour an option leaves it out of `features`, and the service refuses requests for it by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from teacher_api.errors import TeacherError
+from teacher_api.types import Candidates, IntArray, ScoreOptions, Scores
+
+FEATURES = ("top_k", "full_vocabulary", "candidates", "temperature", "float16", "entropy", "rank", "hidden")
+"""Options a backend may declare. `exact_tail` is declared beside them by those whose log_tail is computed from logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """One validated sequence. Shapes as in teacher_api.types."""
+
+    id: str
+    token_ids: IntArray  # [T]: prompt + completion
+    prompt_tokens: int
+    positions: IntArray  # [N], ascending, each in 1..T-1
+    options: ScoreOptions
+    candidates: Candidates | None = None
+    prompt_key: bytes = b""  # equal for jobs that share a prompt; b"" for none
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPolicy:
+    """How the scheduler may feed this backend."""
+
+    max_tokens: int  # padded tokens of one batch (its number of sequences times its longest)
+    max_sequences: int
+    max_concurrent_batches: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a loaded backend says of itself; the service completes it into TeacherInfo."""
+
+    model_name: str
+    tokenizer_size: int
+    logit_width: int
+    hidden_size: int
+    max_sequence_tokens: int
+    weights_digest: str
+    tokenizer_fingerprint: str
+    tokenizer_parts: dict[str, str] = field(default_factory=dict)
+    model_revision: str = ""
+    dtype: str = "float32"
+    quantisation: str = ""
+    head_dtype: str = "float32"
+    engine: str = ""
+    engine_version: str = ""
+    scoring_path: str = ""
+
+
+class ScoringBackend(ABC):
+    """An engine that scores. `load` is called once, in a thread; `score` only afterwards, concurrently up to
+    `policy.max_concurrent_batches`."""
+
+    name: str
+    features: frozenset[str]
+
+    @abstractmethod
+    def load(self) -> ModelFacts:
+        """Loads the model. Raises ValueError with one line of cause when it can't."""
+
+    @property
+    @abstractmethod
+    def policy(self) -> BatchPolicy: ...
+
+    @abstractmethod
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
+        """Scores a batch; the answer has one entry per job, in order. A failure of one job is its entry, not an
+        exception; an exception means that the whole batch failed."""
+
+    async def close(self) -> None:
+        """Frees the model. Idempotent."""
+        return None
