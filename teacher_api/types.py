@@ -148,7 +148,9 @@ def scored_positions(completion: Completion, prompt_tokens: int) -> IntArray:
         if not start < stop:
             raise ValueError(f"range [{start}, {stop}) is empty; expected start < stop")
         if start < previous_stop:
-            raise ValueError(f"range [{start}, {stop}) is not after the one before it; expected ascending, disjoint ranges")
+            raise ValueError(
+                f"range [{start}, {stop}) is not after the one before it; expected ascending, disjoint ranges"
+            )
         if stop > num_tokens:
             raise ValueError(f"range [{start}, {stop}) ends past the sequence of {num_tokens} tokens")
         previous_stop = stop

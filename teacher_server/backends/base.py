@@ -88,4 +88,4 @@ class ScoringBackend(ABC):
 
     async def close(self) -> None:
         """Frees the model. Idempotent."""
-        return None
+        return
