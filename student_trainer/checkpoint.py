@@ -1,0 +1,221 @@
+"""Checkpoints on disk: Hugging Face model files, optimizer tensors in safetensors, everything else JSON. No pickle.
+
+A checkpoint is a directory `<run_dir>/checkpoints/step-00000120`. It is written under another name, flushed to disk and
+renamed, so one that has its final name is whole; a manifest of sizes and digests says so again when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+
+from student_trainer.optim import Optimizer
+from teacher_api.settings import Section
+
+FORMAT_VERSION = 1
+MANIFEST, STATE, OPTIMIZER = "manifest.json", "trainer_state.json", "optimizer.safetensors"
+
+
+class CheckpointConfig(Section):
+    save_every: int = Field(100, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = Field(2, ge=1)
+    """How many of the newest stay on disk."""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: refuse to run where one
+    is; or the path of a checkpoint to go on from."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be written or read; the message names the file and the cause."""
+
+
+class Saveable(Protocol):
+    """What transformers' models and tokenizers have in common."""
+
+    def save_pretrained(self, path: Path | str, /) -> Any: ...
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    *,
+    model: Saveable,
+    tokenizer: Saveable | None,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Writes the checkpoint of the weights after `step` updates and returns its path.
+
+    Raises:
+        CheckpointError: the disk refused (full, read-only, flush failed). Earlier checkpoints are untouched.
+    """
+    root = run_dir / "checkpoints"
+    final, partial = root / f"step-{step:08d}", root / f".partial-step-{step:08d}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(root)
+        partial.mkdir()
+        _write_model(partial, model, tokenizer)
+        tensors, description = optimizer.state()
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / OPTIMIZER)
+        _write_json(partial / STATE, {**state, "step": step, "optimizer": description})
+        _write_json(partial / MANIFEST, {"format": FORMAT_VERSION, "step": step, "files": _describe(partial)})
+        _flush(partial)
+        if final.exists():  # the same step again, after a resume from an earlier one
+            final.rename(root / f".old-step-{step:08d}")
+        partial.rename(final)
+        _flush_directory(root)
+        _remove_leftovers(root)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"can't write checkpoint {final}: {error}; earlier checkpoints are untouched") from error
+    return final
+
+
+def export(path: Path, *, model: Saveable, tokenizer: Saveable | None) -> Path:
+    """Writes model and tokenizer alone, as a Hugging Face directory that plain transformers loads. Atomic as `save`."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_model(partial, model, tokenizer)
+        _flush(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+        _flush_directory(path.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"can't write {path}: {error}") from error
+    return path
+
+
+def prune(run_dir: Path, keep_last: int) -> None:
+    """Deletes all but the `keep_last` newest checkpoints."""
+    root = run_dir / "checkpoints"
+    for path in _steps(root)[keep_last:]:
+        trash = root / f".old-{path.name}"
+        path.rename(trash)
+        shutil.rmtree(trash)
+
+
+def find_latest(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose files all have the size and digest its manifest says, or None."""
+    for path in _steps(run_dir / "checkpoints"):
+        if not problems(path):
+            return path
+    return None
+
+
+def problems(path: Path) -> str:
+    """What is wrong with the checkpoint at `path`, in one line; empty if nothing is."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT_VERSION:
+            return f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT_VERSION}"
+        for name, expected in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != expected["bytes"]:
+                return f"{file} has {file.stat().st_size} bytes, its manifest says {expected['bytes']}"
+            if _digest(file) != expected["blake2b"]:
+                return f"{file} does not match its digest: it was changed or damaged"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} is not a whole checkpoint: {error}"
+    return ""
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The trainer's own state, as it was given to `save`, with "step"."""
+    wrong = problems(path)
+    if wrong:
+        raise CheckpointError(wrong)
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    return state
+
+
+def load_model_weights(path: Path, model: torch.nn.Module) -> None:
+    """Copies the checkpoint's weights into `model`, bit for bit; raises CheckpointError where they don't fit."""
+    first = next(model.parameters())
+    saved = type(model).from_pretrained(path, dtype=first.dtype, local_files_only=True)  # type: ignore[attr-defined]
+    source, target = saved.state_dict(), model.state_dict()
+    different = sorted(
+        name
+        for name in set(source) | set(target)
+        if name not in source or name not in target or source[name].shape != target[name].shape
+    )
+    if different:
+        raise CheckpointError(
+            f"{path} holds another model: {len(different)} tensors differ, for example {different[0]}"
+        )
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def load_optimizer(path: Path, optimizer: Optimizer) -> None:
+    """Restores the optimizer's state from the checkpoint at `path`."""
+    description = json.loads((path / STATE).read_text())["optimizer"]
+    try:
+        optimizer.load_state(load_file(path / OPTIMIZER), description)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _write_model(directory: Path, model: Saveable, tokenizer: Saveable | None) -> None:
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _steps(root: Path) -> list[Path]:
+    """Checkpoints that have their final name, newest first."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def _remove_leftovers(root: Path) -> None:
+    for path in (*root.glob(".partial-*"), *root.glob(".old-*")):
+        shutil.rmtree(path)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _describe(directory: Path) -> dict[str, dict[str, Any]]:
+    return {
+        str(p.relative_to(directory)): {"bytes": p.stat().st_size, "blake2b": _digest(p)}
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _flush(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for path in (*(p for p in directory.rglob("*") if p.is_dir()), directory):
+        _flush_directory(path)
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,172 @@
+"""Optimizers and learning-rate schedules. The schedule is a pure function of the step, so that a resumed run needs no
+scheduler state; the update itself is torch.optim's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import Parameter
+
+from teacher_api.settings import Section
+
+MUON_EXCLUDED = ("embed", "lm_head", "wte", "wpe", "output")
+"""Matrices whose rows or columns are vocabulary entries: Muon is meant for hidden layers, AdamW takes these."""
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon on the hidden layers' matrices, AdamW on everything else."""
+    learning_rate: float = Field(1e-5, gt=0, le=10)
+    """Peak rate of AdamW."""
+    muon_learning_rate: float = Field(5e-3, gt=0, le=10)
+    """Peak rate of Muon."""
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    """Decoupled decay, on matrices only (norm weights and biases are left alone)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """After warm-up: constant; straight line or half cosine down to min_lr_ratio; or wsd: constant, then a straight
+    line down over the last `decay_steps` steps."""
+    warmup_steps: int = Field(0, ge=0)
+    """Straight line from learning_rate / warmup_steps at the first step."""
+    decay_steps: int = Field(0, ge=0)
+    """wsd only: length of the final decay, in steps."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Where linear, cosine and wsd end, as a share of the peak."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if self.schedule == "wsd" and self.decay_steps == 0:
+            raise ValueError("schedule wsd needs decay_steps > 0")
+        if self.schedule != "wsd" and self.decay_steps:
+            raise ValueError(f"decay_steps belongs to schedule wsd, got schedule {self.schedule}")
+        return self
+
+
+def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Share of the peak rate at `step` (0-based) of a run of `total_steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "wsd":
+        left = total_steps - step
+        progress = max(0.0, 1.0 - left / config.decay_steps)
+        return 1.0 - (1.0 - config.min_lr_ratio) * progress
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    shape = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape
+
+
+class Optimizer:
+    """torch.optim behind one door: clipping, schedule, and a state that is tensors and JSON (no pickle).
+
+    Args:
+        named_parameters: those to train; a parameter under two names (tied) counts once, under its first.
+        total_steps: length of the run, for the schedule.
+    """
+
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig, total_steps: int
+    ) -> None:
+        seen: dict[int, str] = {}
+        self._parameters: dict[str, Parameter] = {}
+        for name, parameter in named_parameters:
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen[id(parameter)] = name
+                self._parameters[name] = parameter
+        if not self._parameters:
+            raise ValueError("nothing to train: no parameter requires a gradient")
+        self._config = config
+        self._total_steps = total_steps
+        self._parts = self._build()
+
+    def _build(self) -> dict[str, tuple[torch.optim.Optimizer, float]]:
+        config = self._config
+        muon = {n: p for n, p in self._parameters.items() if config.name == "muon" and _is_hidden_matrix(n, p)}
+        rest = {n: p for n, p in self._parameters.items() if n not in muon}
+        parts: dict[str, tuple[torch.optim.Optimizer, float]] = {}
+        if rest:
+            groups = [
+                {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+                {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
+            ]
+            adamw = torch.optim.AdamW(
+                [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps
+            )
+            parts["adamw"] = (adamw, config.learning_rate)
+        if muon:
+            optimizer = torch.optim.Muon(
+                list(muon.values()), lr=config.muon_learning_rate, weight_decay=config.weight_decay
+            )
+            parts["muon"] = (optimizer, config.muon_learning_rate)
+        return parts
+
+    def learning_rate(self, step: int) -> float:
+        """AdamW's (or, where Muon takes everything, Muon's) rate at `step`."""
+        peak = next(iter(self._parts.values()))[1]
+        return peak * schedule_factor(self._config, step, self._total_steps)
+
+    def zero_grad(self) -> None:
+        for optimizer, _ in self._parts.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def grad_norm(self) -> float:
+        """Global L2 norm of all gradients, in float32. Parameters without a gradient count as zero."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+    def step(self, step: int) -> float:
+        """Clips, sets the rate of `step` and updates the weights; returns the norm before clipping. A norm that is
+        not finite is returned without any update: the caller counts it."""
+        norm = self.grad_norm()
+        if not math.isfinite(norm):
+            return norm
+        if self._config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._config.grad_clip, torch.tensor(norm))
+        factor = schedule_factor(self._config, step, self._total_steps)
+        for optimizer, peak in self._parts.values():
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+        return norm
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors by "part/parameter/slot", JSON description). Holds references, not copies."""
+        tensors: dict[str, Tensor] = {}
+        for part, (optimizer, _) in self._parts.items():
+            for name, parameter in self._parameters.items():
+                for slot, value in optimizer.state.get(parameter, {}).items():
+                    if not isinstance(value, Tensor):
+                        raise TypeError(f"optimizer slot {part}/{name}/{slot} is {type(value).__name__}, not a tensor")
+                    tensors[f"{part}/{name}/{slot}"] = value
+        return tensors, {"optimizer": self._config.name, "parameters": list(self._parameters)}
+
+    def load_state(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+        """Restores what `state` gave. Raises ValueError where it belongs to another model or optimizer."""
+        if description["optimizer"] != self._config.name:
+            raise ValueError(f"checkpoint has {description['optimizer']} state, the run uses {self._config.name}")
+        if description["parameters"] != list(self._parameters):
+            different = sorted(set(description["parameters"]) ^ set(self._parameters))
+            raise ValueError(f"checkpoint's optimizer covers other parameters, for example {different[:3]}")
+        for key, value in tensors.items():
+            part, name, slot = key.split("/")
+            if part not in self._parts or name not in self._parameters:
+                raise ValueError(f"checkpoint's optimizer state {key!r} belongs to no parameter of this run")
+            parameter = self._parameters[name]
+            on_device = value if slot == "step" else value.to(parameter.device)
+            self._parts[part][0].state[parameter][slot] = on_device.clone()
+
+
+def _is_hidden_matrix(name: str, parameter: Parameter) -> bool:
+    return parameter.ndim == 2 and not any(word in name for word in MUON_EXCLUDED)

@@ -1,0 +1,159 @@
+"""What is on disk is whole or is not chosen; what is loaded is what was saved, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tinymodels import ARCHITECTURES, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from student_trainer import checkpoint
+from student_trainer.optim import OptimConfig, Optimizer
+
+
+def trained(arch: str = "qwen3", seed: int = 0) -> tuple[Any, Optimizer]:
+    """A tiny model after one update on random gradients."""
+    model = tiny_model(arch, seed=seed)
+    optimizer = Optimizer(model.named_parameters(), OptimConfig(learning_rate=0.01), 10)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step(0)
+    return model, optimizer
+
+
+def save(run_dir: Path, step: int, model: Any, optimizer: Optimizer) -> Path:
+    return checkpoint.save(
+        run_dir, step, model=model, tokenizer=tiny_tokenizer(), optimizer=optimizer, state={"fingerprint": "abc"}
+    )
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_weights_and_optimizer_come_back_bit_for_bit(arch: str, tmp_path: Path) -> None:
+    model, optimizer = trained(arch)
+    path = save(tmp_path, 1, model, optimizer)
+    other, other_optimizer = trained(arch, seed=5)
+    checkpoint.load_model_weights(path, other)
+    checkpoint.load_optimizer(path, other_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    first, second = optimizer.state()[0], other_optimizer.state()[0]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    state = checkpoint.read_state(path)
+    assert (state["fingerprint"], state["step"]) == ("abc", 1)
+
+
+def test_plain_transformers_loads_a_checkpoint_and_an_export(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    ids = torch.tensor([[2, 3, 4, 5]])
+    for path in (
+        save(tmp_path, 1, model, optimizer),
+        checkpoint.export(tmp_path / "final", model=model, tokenizer=tiny_tokenizer()),
+    ):
+        loaded = AutoModelForCausalLM.from_pretrained(path)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert AutoTokenizer.from_pretrained(path).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, *trained())
+    assert {p.suffix for p in path.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".jinja", ".txt"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove", "no manifest"])
+def test_a_damaged_checkpoint_is_never_chosen(damage: str, tmp_path: Path) -> None:
+    model, optimizer = trained()
+    earlier = save(tmp_path, 1, model, optimizer)
+    later = save(tmp_path, 2, model, optimizer)
+    assert checkpoint.find_latest(tmp_path) == later
+    victim = later / "optimizer.safetensors"
+    if damage == "cut":
+        os.truncate(victim, victim.stat().st_size - 1)
+    elif damage == "flip":
+        content = bytearray(victim.read_bytes())
+        content[-5] ^= 4
+        victim.write_bytes(content)
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        (later / "manifest.json").unlink()
+    assert checkpoint.find_latest(tmp_path) == earlier
+    with pytest.raises(checkpoint.CheckpointError, match="step-00000002"):
+        checkpoint.read_state(later)
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_flush", "_flush_directory"])
+def test_a_disk_that_refuses_leaves_the_previous_checkpoint(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    earlier = save(tmp_path, 1, model, optimizer)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, failing, full)
+        with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+            save(tmp_path, 2, model, optimizer)
+    assert checkpoint.problems(earlier) == ""
+    assert checkpoint.find_latest(tmp_path) == earlier
+    later = save(tmp_path, 3, model, optimizer)
+    assert checkpoint.find_latest(tmp_path) == later
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_the_same_step_can_be_saved_again_and_old_ones_are_pruned(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step in (1, 2, 3, 3):
+        last = save(tmp_path, step, model, optimizer)
+    checkpoint.prune(tmp_path, keep_last=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    assert checkpoint.find_latest(tmp_path) == last
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, *trained())
+    other = tiny_model("qwen3", intermediate_size=64)
+    with pytest.raises(checkpoint.CheckpointError, match="another model"):
+        checkpoint.load_model_weights(path, other)
+
+
+@pytest.mark.slow
+def test_killed_while_saving_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
+    """kill -9 at the moments a save passes through; whatever is there under a final name must verify."""
+    script = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from student_trainer import checkpoint
+        from test_checkpoint import save, trained
+        model, optimizer = trained()
+        save(Path(sys.argv[1]), 1, model, optimizer)
+        name, left = sys.argv[2], int(sys.argv[3])
+        original = getattr(checkpoint, name)
+        def killing(*args, **kwargs):
+            global left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+        setattr(checkpoint, name, killing)
+        save(Path(sys.argv[1]), 2, model, optimizer)
+    """)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", "tests/trainer"]), "OMP_NUM_THREADS": "1"}
+    for number, (name, call) in enumerate([("save_file", 1), ("_write_json", 2), ("_flush_directory", 1)]):
+        run_dir = tmp_path / str(number)
+        done = subprocess.run([sys.executable, "-c", script, run_dir, name, str(call)], env=environment, check=False)
+        assert done.returncode == -9
+        latest = checkpoint.find_latest(run_dir)
+        assert latest is not None
+        assert json.loads((latest / "manifest.json").read_text())["step"] == 1
