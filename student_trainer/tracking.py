@@ -1,0 +1,105 @@
+"""Where metrics go: `metrics.jsonl` always, and those of accelerate's trackers that are asked for.
+
+Invariant: after a resume at step s the file holds one line for each logged step up to s and none beyond.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from teacher_api.settings import Section
+
+METRICS_FILE = "metrics.jsonl"
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "aim", "clearml", "dvclive"]
+
+
+class TrackingConfig(Section):
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Besides metrics.jsonl. Each needs its package installed."""
+    project: str = "preceptor"
+    """Project name, for the trackers that have projects."""
+    run_name: str = ""
+    """Empty: the name of the output directory."""
+    wandb_mode: Literal["online", "offline", "disabled"] = "offline"
+    """W&B only."""
+    log_every: int = Field(1, ge=1)
+    """Steps between lines of metrics."""
+    samples_every: int = Field(10, ge=0)
+    """Steps between tables of completions on the console; 0: none."""
+
+
+class Tracker:
+    """Writes metrics of one run. Does nothing on ranks other than the main one."""
+
+    def __init__(
+        self, run_dir: Path, config: TrackingConfig, resolved_config: dict[str, Any], *, is_main: bool = True
+    ) -> None:
+        self._path = run_dir / METRICS_FILE
+        self._trackers: list[Any] = []
+        self._is_main = is_main
+        if not is_main:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._trackers = [_start(name, run_dir, config, resolved_config) for name in config.trackers]
+
+    def resume_at(self, step: int) -> None:
+        """Drops lines of steps after `step`, and a half-written last line: they will be written again."""
+        if not self._is_main or not self._path.exists():
+            return
+        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, self._path)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics. A value that is not finite is written as null: JSON has no NaN."""
+        if not self._is_main:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        for tracker in self._trackers:
+            tracker.log(metrics, step=step)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+        self._trackers = []
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _start(name: str, run_dir: Path, config: TrackingConfig, resolved_config: dict[str, Any]) -> Any:
+    """One of accelerate's trackers, started and told the configuration."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name not in [str(tracker) for tracker in get_available_trackers()]:
+        raise ValueError(f"tracking.trackers: {name} is not installed; install it or leave it out")
+    PartialState()  # the trackers ask it which rank is the main one
+    cls = LOGGER_TYPE_TO_CLASS[name]
+    run_name = config.run_name or run_dir.resolve().name
+    if name == "tensorboard":
+        tracker = cls(".", logging_dir=str(run_dir / "tensorboard"))
+    elif name == "wandb":
+        tracker = cls(config.project, name=run_name, mode=config.wandb_mode, dir=str(run_dir))
+    elif cls.requires_logging_directory:
+        tracker = cls(run_name, logging_dir=str(run_dir))
+    else:
+        tracker = cls(config.project)
+    tracker.start()
+    if name == "tensorboard":  # its hparams plugin takes flat scalars only; text shows the whole configuration
+        tracker.writer.add_text("config", f"```json\n{json.dumps(resolved_config, indent=1)}\n```")
+    else:
+        tracker.store_init_configuration(resolved_config)
+    return tracker
