@@ -7,10 +7,23 @@ tokenizer's size), W the student's logit width (W >= V).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from student_trainer.losses.config import LossConfig
+from student_trainer.types import ScoredRollout
+from teacher_api.types import FloatArray
+
+ConfigT = TypeVar("ConfigT", bound=LossConfig)
+AllReduceSum = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
+"""Sums an array elementwise over all ranks; the identity when there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +36,45 @@ class TeacherRows:
     support_mask: Tensor | None  # bool [N, S]; None: all valid
     log_tail: Tensor  # float32 [N]: log mass of everything outside the support; <= -1e4 if nothing is
     token_logprob: Tensor  # float32 [N]: log p(y)
+    topk_overlap: Tensor | None = None  # float32 [N]: share of the teacher's top-k that the student's top-k holds
+
+    def take(self, index: Tensor, device: torch.device) -> TeacherRows:
+        """Rows `index` (int64 [n], on any device), moved to `device`."""
+        return TeacherRows(
+            support_ids=_take(self.support_ids, index, device),
+            support_logprob=_take_one(self.support_logprob, index, device),
+            support_mask=_take(self.support_mask, index, device),
+            log_tail=_take_one(self.log_tail, index, device),
+            token_logprob=_take_one(self.token_logprob, index, device),
+            topk_overlap=_take(self.topk_overlap, index, device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LossRows:
+    """All that is known of N scored positions before the student's forward; `rows.loss_rows` makes it."""
+
+    target: Tensor  # int64 [N]: y, the actual next token
+    teacher: TeacherRows
+    old_logprob: Tensor  # float32 [N]: log q_old(y), T = 1, untruncated
+    behaviour_logprob: Tensor  # float32 [N]: log b(y)
+    advantage: Tensor | None = None  # float32 [N]: policy_gradient's A_t, computed over whole completions
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.target)
+
+    def inputs(self, index: Tensor, student_logits: Tensor) -> LossInputs:
+        """Rows `index` (int64 [n]) beside their logits [n, W], on the logits' device."""
+        device = student_logits.device
+        return LossInputs(
+            student_logits=student_logits,
+            target=_take_one(self.target, index, device),
+            teacher=self.teacher.take(index, device),
+            old_logprob=_take_one(self.old_logprob, index, device),
+            behaviour_logprob=_take_one(self.behaviour_logprob, index, device),
+            advantage=_take(self.advantage, index, device),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +97,56 @@ class PerToken:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an objective wants asked of the teacher and kept by the sampler."""
+
+    top_k: int | Literal["all"]  # of ScoreOptions; 0: the actual token's logprob is enough
+    student_top_k: int  # ids per position the sampler keeps; they are sent to the teacher as candidates
+
+
+class Objective(ABC, Generic[ConfigT]):
+    """One row of the table in docs/losses.md. A new one is a file in objectives/ with its config class (a subclass of
+    LossConfig whose `objective` is its name), its equation, and `@register(ItsConfig)`."""
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    @abstractmethod
+    def needs(self, teacher_top_k: int | Literal["all"]) -> Needs:
+        """What to ask for, given `teacher.top_k`.
+
+        Raises:
+            ValueError: this objective can learn nothing from so few ids.
+        """
+
+    def prepare(self, scored: Sequence[ScoredRollout], all_reduce_sum: AllReduceSum) -> list[FloatArray] | None:
+        """What needs whole completions: advantages, one float32 [N_i] per sample; None where the objective has none.
+        Called once a step by every rank, with all of its samples."""
+        return None
+
+    @abstractmethod
+    def per_token(self, inputs: LossInputs) -> PerToken:
+        """Value [N] at each position, to be minimised, and metrics."""
+
+
+AnyObjective = Objective[Any]
+
+
+def as_float(logits: Tensor) -> Tensor:
+    """float32, unless they are float64 already."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def log_softmax_f32(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(z / T) over the last axis, in float32 (float64 stays float64)."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
+    z = as_float(logits)
     return torch.log_softmax(z if temperature == 1.0 else z / temperature, dim=-1)
+
+
+def _take_one(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    return tensor.index_select(0, index.to(tensor.device)).to(device)
+
+
+def _take(tensor: Tensor | None, index: Tensor, device: torch.device) -> Tensor | None:
+    return None if tensor is None else _take_one(tensor, index, device)

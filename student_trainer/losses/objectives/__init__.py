@@ -1,0 +1,1 @@
+"""One objective a file. Every module here is imported by the registry and registers itself."""

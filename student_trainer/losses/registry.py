@@ -1,0 +1,105 @@
+"""Objectives by name. The modules in objectives/ register themselves when imported; the first look-up imports them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from student_trainer.losses.base import AnyObjective
+    from student_trainer.losses.config import LossConfig
+
+ClassT = TypeVar("ClassT", bound=type)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    name: str
+    config_class: type[LossConfig]
+    objective_class: type[AnyObjective]
+
+
+_entries: dict[str, Entry] = {}
+
+
+def register(config_class: type[LossConfig]) -> Callable[[ClassT], ClassT]:
+    """Class decorator: the objective is known by the default of `config_class.objective`."""
+    name = config_class.model_fields["objective"].default
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TypeError(f"{config_class.__name__}.objective needs a name as its default, got {name!r}")
+
+    def decorate(objective_class: ClassT) -> ClassT:
+        if name in _entries:
+            raise TypeError(f"objective {name!r} is registered twice: {_entries[name].objective_class.__module__}")
+        _entries[name] = Entry(name, config_class, objective_class)
+        return objective_class
+
+    return decorate
+
+
+def names() -> list[str]:
+    """All objectives, in alphabetical order."""
+    _discover()
+    return sorted(_entries)
+
+
+def get(name: str) -> Entry:
+    """The objective of that name.
+
+    Raises:
+        ValueError: there is none; says which is nearest.
+    """
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"loss.objective: unknown objective {name!r}; {meant}Known: {', '.join(known)}, "
+            "or package.module:function for your own"
+        )
+    return _entries[name]
+
+
+def build(config: LossConfig) -> AnyObjective:
+    """The objective that `config` describes."""
+    if is_custom(config.objective):
+        from student_trainer.losses.custom import CustomObjective
+
+        return CustomObjective(config, import_function(config.objective))
+    return get(config.objective).objective_class(config)
+
+
+def is_custom(name: str) -> bool:
+    return ":" in name
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """The function `package.module:function` names, looked up as Python would with the working directory on its path.
+
+    Raises:
+        ValueError: no such module or function, or it isn't callable.
+    """
+    module_name, _, function_name = path.partition(":")
+    if os.getcwd() not in sys.path:  # a console script's path starts in its own folder, not where the user stands
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"loss.objective: can't import {path!r} (package.module:function): {error}") from error
+    if not callable(function):
+        raise ValueError(f"loss.objective: {path!r} is a {type(function).__name__}; expected a function")
+    return function  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _discover() -> None:
+    package = importlib.import_module("student_trainer.losses.objectives")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
