@@ -96,6 +96,8 @@ def split(model: Any) -> Parts:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; expected a decoder-only causal language model")
     body, project = model.base_model, model.get_output_embeddings()
+    if body is model:  # Llama 4's text model declares a prefix it does not use
+        body = getattr(model, "model", model)
     if body is model or project is None:
         raise ValueError(f"{name} has no separate trunk and output embedding; expected a causal language model")
     accepts = frozenset(inspect.signature(body.forward).parameters)
