@@ -61,7 +61,7 @@ def score_rows(
     below `tokenizer_size` by descending log p, equal ones by ascending id. log_tail = logsumexp of z over the columns
     outside top-k ∪ candidates ∪ {target}, minus logsumexp(z): summed over the complement, since 1 − Σ of what is
     inside has no correct digit where the tail is small. Entropy −Σ p log p runs over all W columns. Rank is 1 + the
-    number of ids below `tokenizer_size` with a larger log p than the target's. Values under LOGPROB_FLOOR, an empty
+    number of columns, of all W, with a larger log p than the target's. Values under LOGPROB_FLOOR, an empty
     tail's −inf among them, become LOGPROB_FLOOR.
 
     Args:
@@ -162,7 +162,7 @@ def _score_chunk(
         terms_nW = logprob_nW.exp().mul_(logprob_nW.clamp_min(LOGPROB_FLOOR))
         out.entropy[rows] = -terms_nW.sum(-1, dtype=torch.float64).float().cpu().numpy()
     if out.rank is not None:
-        out.rank[rows] = ((known_nV > token_n1).sum(-1) + 1).cpu().numpy()
+        out.rank[rows] = ((logprob_nW > token_n1).sum(-1) + 1).cpu().numpy()
     if chunk is not None and out.candidate_logprob is not None:
         out.candidate_logprob[chunk.where] = _values(logprob_nW[chunk.rows, chunk.ids])
 
