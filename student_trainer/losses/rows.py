@@ -129,7 +129,11 @@ def _student_ids(scored: Sequence[ScoredRollout], device: Any, *, required: bool
 
 
 def _teacher_ids(scored: Sequence[ScoredRollout], device: Any, *, required: bool) -> tuple[Tensor, Tensor] | None:
-    """The teacher's top-k ids [N, K] and their logprobs."""
+    """The ids the teacher chose [N, K] and their logprobs."""
+    if _all_or_none(scored, _is_dense, "whole-vocabulary scores"):
+        values = _cat([s.scores.topk_logprob for s in scored], np.float32)
+        ids = np.broadcast_to(np.arange(values.shape[1]), values.shape).copy()
+        return _tensor(ids, device), _tensor(values, device)
     if not _all_or_none(scored, lambda s: s.scores.topk_ids is not None, "top-k scores"):
         if required:
             raise ValueError(f"sample {scored[0].rollout.uid}: the support needs the teacher's top-k; it is not there")

@@ -3,8 +3,7 @@ Needs one logprob a position. In expectation over the student's own samples its 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -53,25 +52,16 @@ class PolicyGradient(Objective[PolicyGradientConfig]):
         return Needs(top_k=0, student_top_k=0)
 
     def prepare(self, scored: Sequence[ScoredRollout], all_reduce_sum: AllReduceSum) -> list[FloatArray]:
-        """A_t of every token. Masked tokens earn nothing, neither for themselves nor for the tokens before them.
-
-        `center: group` takes the mean over the samples given: all samples of a prompt must be on one rank.
-        """
+        """A_t of every token. Masked tokens earn nothing, neither for themselves nor for the tokens before them."""
         masks = [loss_mask(s.rollout, self.config) for s in scored]
         advantages = [
             discounted(-self.config.kl_coef * delta(s) * mask, self.config.kl_discount)
             for s, mask in zip(scored, masks, strict=True)
         ]
-        pairs = list(zip(advantages, masks, strict=True))
         if self.config.center == "batch":
-            mean = _mean(all_reduce_sum(_totals(pairs)))
-            advantages = [a - mean for a in advantages]
+            advantages = center(advantages, masks, [0] * len(scored), all_reduce_sum)
         elif self.config.center == "group":
-            groups: dict[int, list[tuple[Float64Array, BoolArray]]] = defaultdict(list)
-            for s, pair in zip(scored, pairs, strict=True):
-                groups[s.rollout.prompt.index].append(pair)
-            means = {index: _mean(_totals(group)) for index, group in groups.items()}
-            advantages = [a - means[s.rollout.prompt.index] for s, a in zip(scored, advantages, strict=True)]
+            advantages = center(advantages, masks, [s.rollout.prompt.index for s in scored], all_reduce_sum)
         return [a.astype(np.float32) for a in advantages]
 
     def per_token(self, inputs: LossInputs) -> PerToken:
@@ -113,13 +103,29 @@ def discounted(values: Float64Array, gamma: float) -> Float64Array:
     return sums
 
 
-def _totals(pairs: Iterable[tuple[Float64Array, BoolArray]]) -> Float64Array:
-    """[2]: sum of the counted tokens' advantages, and how many they are."""
-    totals = np.zeros(2)
-    for advantage, mask in pairs:
-        totals += advantage[mask].sum(), mask.sum()
-    return totals
+def center(
+    advantages: Sequence[Float64Array], masks: Sequence[BoolArray], groups: Sequence[int], all_reduce_sum: AllReduceSum
+) -> list[Float64Array]:
+    """Each sample's advantages minus the mean over the counted tokens of its group, wherever their ranks are."""
+    keys = union_over_ranks(groups, all_reduce_sum)
+    slots = np.searchsorted(keys, np.asarray(groups, dtype=np.int64))
+    totals = np.zeros((len(keys), 2))  # sum of the counted tokens' advantages, and how many they are
+    for slot, advantage, mask in zip(slots, advantages, masks, strict=True):
+        totals[slot] += advantage[mask].sum(), mask.sum()
+    totals = all_reduce_sum(totals)
+    means = totals[:, 0] / np.maximum(totals[:, 1], 1.0)
+    return [advantage - means[slot] for slot, advantage in zip(slots, advantages, strict=True)]
 
 
-def _mean(totals: Float64Array) -> float:
-    return float(totals[0] / totals[1]) if totals[1] else 0.0
+def union_over_ranks(numbers: Sequence[int], all_reduce_sum: AllReduceSum) -> npt.NDArray[np.int64]:
+    """All ranks' numbers (each in [0, 2^32)), ascending and without repeats, by sums alone: digit after digit, each
+    rank marks which continuations of the prefixes known so far it holds."""
+    own = np.asarray(numbers, dtype=np.int64)
+    prefixes = np.zeros(1, dtype=np.int64)
+    for shift in (24, 16, 8, 0):
+        marks = np.zeros((len(prefixes), 256))
+        slots = np.searchsorted(prefixes, own >> (shift + 8))
+        marks[slots, (own >> shift) & 255] = 1.0
+        rows, digits = np.nonzero(all_reduce_sum(marks))
+        prefixes = (prefixes[rows] << 8) | digits
+    return prefixes

@@ -1,0 +1,495 @@
+"""Objectives against their definitions in float64: autograd of the textbook expression, loops over outcomes, and
+enumeration of a small vocabulary. Tests over `names()` cover a new objective; one without a reference fails."""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from losscases import exact_rows, log_mass, log_softmax, loss_inputs, scored_rollout
+
+from student_trainer import losses
+from student_trainer.losses import registry
+from student_trainer.losses.base import LossInputs, PerToken, TeacherRows
+from student_trainer.losses.config import DivergenceConfig
+from student_trainer.losses.rows import loss_rows
+from student_trainer.losses.student_side import student_rows
+from teacher_api.types import LOGPROB_FLOOR
+
+
+def _forward(p, q):
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def _reverse(p, q):
+    return (q * (q.log() - p.log())).sum(-1)
+
+
+# D from plain probabilities over the whole vocabulary, one line of docs/losses.md each.
+TEXTBOOK = {"forward_kl": _forward, "reverse_kl": _reverse}
+DIVERGENCES = [n for n in losses.names() if issubclass(registry.get(n).config_class, DivergenceConfig)]
+TOKENS = [n for n in losses.names() if n not in DIVERGENCES]
+RNG = np.random.default_rng(3)
+N, V = 4, 7
+
+
+def build(name, **keys):
+    return losses.build(losses.parse_loss({"objective": name, **keys}))
+
+
+def random_logits(n=N, v=V, seed=0, scale=2.0):
+    return torch.tensor(np.random.default_rng(seed).normal(scale=scale, size=(n, v)))
+
+
+def any_inputs(name, logits, teacher, targets):
+    """Inputs that suit any objective: advantages are there for those that want them."""
+    advantage = torch.linspace(-1, 1, len(targets)).to(torch.promote_types(logits.dtype, torch.float32))
+    return loss_inputs(logits, teacher, targets, advantage=None if name in DIVERGENCES else advantage)
+
+
+def test_every_divergence_has_a_textbook_reference():
+    assert set(DIVERGENCES) == set(TEXTBOOK)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("student_t", [1.0, 2.0])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "none"])
+def test_whole_vocabulary_equals_the_textbook_in_value_and_gradient(name, student_t, sparse, tail):
+    log_p = log_softmax(random_logits(seed=1), temperature=1.5)
+    targets = [0, 3, 6, 2]
+    supports = [RNG.permutation(V).tolist() for _ in range(N)] if sparse else None
+    teacher = exact_rows(log_p, supports, targets)
+    objective = build(name, student_temperature=student_t, tail=tail)
+    z = random_logits(seed=2).requires_grad_()
+
+    def value(logits):
+        return objective.per_token(loss_inputs(logits, teacher, targets)).value
+
+    p = torch.tensor(np.exp(log_p))
+    expected = TEXTBOOK[name](p, torch.softmax(z / student_t, -1))
+    got = value(z)
+    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-13)
+    (wanted,) = torch.autograd.grad(expected.sum(), z)
+    (gradient,) = torch.autograd.grad(got.sum(), z)
+    assert torch.allclose(gradient, wanted, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(value, (z,))
+
+
+def partitioned(name, p, q, support, tail):
+    """D over the outcomes of one row, by loops: the support's ids, and the rest as `tail` says."""
+    inside_p, inside_q = p[support], q[support]
+    if tail == "renormalise":
+        inside_p, inside_q = inside_p / inside_p.sum(), inside_q / inside_q.sum()
+    if tail == "bucket":
+        rest = [v for v in range(len(q)) if v not in support]
+        inside_p = torch.cat([inside_p, p[[v for v in rest if v < len(p)]].sum()[None]])
+        inside_q = torch.cat([inside_q, q[rest].sum()[None]])
+    return TEXTBOOK[name](inside_p, inside_q)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "none"])
+def test_partial_supports_of_different_sizes_follow_their_definition(name, tail):
+    width = V + 2  # columns only the student has
+    supports, targets = [[4], [5, 0], [6, 2, 1, 3], [0, 1, 2, 3]], [4, 0, 3, 3]
+    log_p = log_softmax(random_logits(seed=5))
+    z = random_logits(v=width, seed=6).requires_grad_()
+    got = build(name, tail=tail).per_token(loss_inputs(z, exact_rows(log_p, supports, targets), targets)).value
+    q = torch.softmax(z, -1)
+    p = torch.tensor(np.exp(log_p))
+    expected = torch.stack([partitioned(name, p[n], q[n], supports[n], tail) for n in range(N)])
+    assert torch.allclose(got, expected, rtol=1e-11, atol=1e-13)
+    got_grad, wanted_grad = (torch.autograd.grad(x.sum(), z, retain_graph=True)[0] for x in (got, expected))
+    assert torch.allclose(got_grad, wanted_grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "none"])
+def test_equal_distributions_give_exactly_zero_and_finite_gradients(name, dtype, tail):
+    z = random_logits(n=16, v=50, seed=7).to(dtype).requires_grad_()
+    targets = [0] * 16
+    log_p = torch.log_softmax(z.detach(), -1)
+    teacher = TeacherRows(None, log_p, None, torch.full((16,), LOGPROB_FLOOR, dtype=dtype), log_p[:, 0])
+    value = build(name, tail=tail).per_token(loss_inputs(z, teacher, targets)).value
+    assert torch.equal(value, torch.zeros(16, dtype=dtype))
+    value.sum().backward()
+    assert z.grad.isfinite().all()
+    assert z.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_bucket_with_the_whole_vocabulary_equals_no_bucket(name):
+    log_p, z, targets = log_softmax(random_logits(seed=8)), random_logits(seed=9), [1, 1, 1, 1]
+    results = []
+    for tail in ("bucket", "none"):
+        logits = z.clone().requires_grad_()
+        value = build(name, tail=tail).per_token(loss_inputs(logits, exact_rows(log_p, None, targets), targets)).value
+        value.sum().backward()
+        results.append((value.detach(), logits.grad))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-15, atol=1e-15)
+    assert torch.allclose(results[0][1], results[1][1], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_bucketed_divergence_is_between_zero_and_the_full_one(name, data):
+    vocabulary = data.draw(st.integers(2, 8))
+    number = st.floats(-12, 12, allow_nan=False)
+    logits = data.draw(st.lists(number, min_size=2 * vocabulary, max_size=2 * vocabulary))
+    support = data.draw(st.sets(st.integers(0, vocabulary - 1), min_size=1))
+    z = torch.tensor([logits[:vocabulary]], dtype=torch.float64)
+    log_p = log_softmax(np.array([logits[vocabulary:]]))
+    target = [min(support)]
+    objective = build(name)
+    bucketed = objective.per_token(loss_inputs(z, exact_rows(log_p, [sorted(support)], target), target)).value.item()
+    full = objective.per_token(loss_inputs(z, exact_rows(log_p, None, target), target)).value.item()
+    assert -1e-12 <= bucketed <= full + 1e-10
+
+
+def test_columns_only_the_student_has_count_in_its_tail():
+    """Same tokenizer, different padded logit width (151936 vs 152064 in one model family)."""
+    z = random_logits(v=V + 5, seed=10).requires_grad_()
+    log_p, targets = log_softmax(random_logits(seed=11)), [0, 1, 2, 3]
+    teacher = exact_rows(log_p, None, targets)
+    value = build("forward_kl").per_token(loss_inputs(z, teacher, targets)).value
+    q = torch.softmax(z, -1)[:, :V]  # normalised over all its columns
+    p = torch.tensor(np.exp(log_p))
+    assert torch.allclose(value, (p * (p.log() - q.log())).sum(1), rtol=1e-12)
+    value.sum().backward()
+    assert (z.grad[:, V:] > 0).all()  # mass on them is pushed down, not ignored
+
+
+def test_student_narrower_than_the_vocabulary_is_refused():
+    teacher = exact_rows(log_softmax(random_logits()), None, [0] * N)
+    with pytest.raises(ValueError, match="student has 5 logits, but the teacher scored 7"):
+        build("reverse_kl").per_token(loss_inputs(random_logits(v=5), teacher, [0] * N))
+
+
+def extreme_cases():
+    """(label, student logits, teacher rows, targets): values at the floor, one-token supports, masked columns."""
+    floor_p = np.full((2, V), -2e4)
+    floor_p[:, 0] = 0.0
+    spread = random_logits(n=2, seed=12)
+    minus_inf = spread.clone()
+    minus_inf[:, 1:] = -math.inf
+    padded = exact_rows(log_softmax(random_logits(n=2, seed=13)), [[3], [3, 2, 5]], [3, 2])
+    one = exact_rows(log_softmax(random_logits(n=2, seed=14)), [[1], [6]], [1, 6])
+    floored = exact_rows(np.maximum(floor_p, LOGPROB_FLOOR), [[1, 0], [2, 3]], [1, 2])
+    return {
+        "teacher at the floor, dense": (spread, exact_rows(np.maximum(floor_p, LOGPROB_FLOOR), None, [1, 0]), [1, 0]),
+        "teacher at the floor, sparse": (spread, floored, [1, 2]),
+        "one-token support": (spread, one, [1, 6]),
+        "one-token support beside a wider one": (spread, padded, [3, 2]),
+        "student's columns masked, dense": (minus_inf, exact_rows(log_softmax(spread), None, [0, 0]), [0, 0]),
+        "student's columns masked, sparse": (minus_inf, exact_rows(log_softmax(spread), [[0, 1], [0]], [0, 0]), [0, 0]),
+        "very sharp student": (spread * 300, padded, [3, 2]),
+    }
+
+
+@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize("label", extreme_cases())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_rows_keep_values_metrics_and_gradients_finite(name, label, dtype):
+    """-inf used as filler gives NaN gradients although the loss is finite."""
+    logits, teacher, targets = extreme_cases()[label]
+    for tail in ("bucket", "renormalise", "none") if name in DIVERGENCES else (None,):
+        z = logits.to(dtype).requires_grad_()
+        result = build(name, **({"tail": tail} if tail else {})).per_token(any_inputs(name, z, teacher, targets))
+        assert result.value.isfinite().all()
+        assert all(m.isfinite().all() and not m.requires_grad for m in result.metrics.values())
+        result.value.sum().backward()
+        assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_bfloat16_logits_are_worked_on_in_float32(name):
+    log_p, targets = log_softmax(random_logits(v=400, seed=15)), [5, 9, 0, 399]
+    teacher = exact_rows(log_p, [[5, 1], [9, 2], [0, 7], [399, 8]], targets)
+    half = random_logits(v=400, seed=16).bfloat16()
+    from_half = build(name).per_token(any_inputs(name, half, teacher, targets)).value
+    from_double = build(name).per_token(any_inputs(name, half.double(), teacher, targets)).value
+    assert torch.allclose(from_half.double(), from_double, rtol=1e-5, atol=1e-5)
+
+
+def test_truncated_forward_kl_may_be_negative_and_keeps_its_gradient():
+    """Truncated forward KL goes negative; clamping at 0 kills the gradient."""
+    log_p = np.log(np.array([[0.3, 0.1, 0.6]]))
+    z = torch.tensor(np.log(np.array([[0.8, 0.1, 0.1]]))).requires_grad_()
+    value = build("forward_kl", tail="none").per_token(loss_inputs(z, exact_rows(log_p, [[0, 1]], [0]), [0])).value
+    assert value.item() == pytest.approx(0.3 * math.log(0.3 / 0.8))
+    value.sum().backward()
+    assert z.grad[0].tolist() == pytest.approx([0.4 * 0.8 - 0.3, 0.4 * 0.1 - 0.1, 0.4 * 0.1])
+
+
+def test_top_k_reverse_kl_without_tail_pushes_mass_out_and_the_bucket_pulls_it_back():
+    """Top-k reverse KL without tail is minimised by pushing mass out of the top-k."""
+    log_p = np.log(np.array([[0.6, 0.3, 0.05, 0.05]]))
+    start = torch.tensor(np.log(np.array([[0.5, 0.2, 0.2, 0.1]])))  # too little mass on the support {0, 1}
+    inside = {}
+    for tail in ("none", "bucket"):
+        z = start.clone().requires_grad_()
+        for _ in range(200):
+            value = (
+                build("reverse_kl", support="teacher", tail=tail)
+                .per_token(loss_inputs(z, exact_rows(log_p, [[0, 1]], [0]), [0]))
+                .value
+            )
+            (gradient,) = torch.autograd.grad(value.sum(), z)
+            z = (z - 0.5 * gradient).detach().requires_grad_()
+        inside[tail] = torch.softmax(z, -1)[0, :2].sum().item()
+    assert inside["none"] < 0.5
+    assert inside["bucket"] == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_renormalised_support_never_sees_the_tail():
+    log_p = np.log(np.array([[0.6, 0.3, 0.1]]))
+    z = torch.tensor(np.log(np.array([[0.02, 0.01, 0.97]]))).requires_grad_()  # right proportions, wrong mass
+    teacher = exact_rows(log_p, [[0, 1]], [0])
+    assert build("reverse_kl", tail="renormalise").per_token(loss_inputs(z, teacher, [0])).value.item() == (
+        pytest.approx(0, abs=1e-15)
+    )
+    assert build("reverse_kl", tail="bucket").per_token(loss_inputs(z, teacher, [0])).value.item() > 1
+
+
+def test_tiny_student_tail_is_exact_in_float32():
+    """Never as 1 - sum: at a tail of 1e-7 that would be off by as much as the tail itself."""
+    generator = np.random.default_rng(17)
+    logits = generator.normal(size=(6, 300))
+    logits[:, :3] += np.linspace(12, 24, 6)[:, None]
+    supports, targets = [[2, 0, 1]] * 6, [0] * 6
+    z = torch.tensor(logits, dtype=torch.float32)
+    got = student_rows(loss_inputs(z, exact_rows(log_softmax(logits), supports, targets), targets))
+    exact = [log_mass(row[3:]) for row in log_softmax(z.double().numpy())]
+    assert min(exact) < -17
+    assert np.abs(got.log_tail.numpy() - exact).max() < 1e-5
+
+
+def test_metrics_of_a_divergence_match_numpy():
+    log_p, z = log_softmax(random_logits(seed=18)), random_logits(v=V + 1, seed=19)
+    supports, targets = [[4], [5, 0], [6, 2, 1, 3], [0, 1, 2, 3]], [4, 0, 3, 3]
+    old = torch.tensor([-1.0, -2.0, -0.5, -3.0]).double()
+    inputs = loss_inputs(z, exact_rows(log_p, supports, targets), targets, old_logprob=old)
+    metrics = build("reverse_kl", student_temperature=2.0).per_token(inputs).metrics
+    log_q, log_q_1 = log_softmax(z, 2.0), log_softmax(z)
+    for n, (support, target) in enumerate(zip(supports, targets, strict=True)):
+        p, q = np.exp(log_p[n]), np.exp(log_q[n])
+        for side, mass in (("teacher", p), ("student", q)):
+            parts = np.append(mass[support], np.delete(mass, support).sum())
+            assert metrics[f"{side}_mass"][n].item() == pytest.approx(mass[support].sum(), rel=1e-12)
+            assert metrics[f"{side}_entropy"][n].item() == pytest.approx(-(parts * np.log(parts)).sum(), rel=1e-12)
+        assert metrics["delta"][n].item() == pytest.approx(log_q[n, target] - log_p[n, target], rel=1e-12)
+        assert metrics["rollout_gap"][n].item() == pytest.approx(abs(old[n].item() - log_q_1[n, target]), rel=1e-12)
+    assert "topk_overlap" not in metrics
+
+
+def test_dense_overlap_compares_the_likeliest_of_both():
+    log_p = log_softmax(np.arange(40.0)[None])
+    z = torch.tensor(np.roll(np.arange(40.0), -4))[None]  # its 16 likeliest: 20..35; the teacher's: 24..39
+    metrics = build("reverse_kl").per_token(loss_inputs(z, exact_rows(log_p, None, [0]), [0])).metrics
+    assert metrics["topk_overlap"].item() == 12 / 16
+
+
+# Policy gradient --------------------------------------------------------------------------------------------------
+
+
+def rollouts(lengths, *, groups=None, seed=20, **keys):
+    """Scored rollouts of random tokens, with float64 (log q_old, log p) of each."""
+    generator = np.random.default_rng(seed)
+    scored, truth = [], []
+    for uid, length in enumerate(lengths):
+        log_p, log_q = log_softmax(generator.normal(size=(length, V))), log_softmax(generator.normal(size=(length, V)))
+        tokens = generator.integers(0, V, length)
+        rows = np.arange(length)
+        truth.append(log_q[rows, tokens] - log_p[rows, tokens])
+        index = uid if groups is None else groups[uid]
+        full = log_q[rows, tokens]
+        scored.append(
+            scored_rollout(log_p, tokens, vocabulary=V, full_logprob=full, uid=uid, prompt_index=index, **keys)
+        )
+    return scored, truth
+
+
+def identity(array):
+    return array
+
+
+def test_expected_gradient_over_the_students_own_samples_is_that_of_reverse_kl():
+    log_p, z = log_softmax(random_logits(n=1, seed=21)), random_logits(n=1, seed=22)
+    q = torch.softmax(z, -1)[0]
+    expected = torch.zeros_like(z)
+    objective = build("policy_gradient", kl_coef=1.0)
+    for token in range(V):
+        scored = scored_rollout(log_p, [token], vocabulary=V, full_logprob=q.log()[[token]].numpy())
+        advantage = torch.tensor(objective.prepare([scored], identity)[0])
+        logits = z.clone().requires_grad_()
+        value = objective.per_token(
+            loss_inputs(logits, exact_rows(log_p, [[token]], [token]), [token], advantage=advantage)
+        ).value
+        value.sum().backward()
+        expected += q[token] * logits.grad
+    logits = z.clone().requires_grad_()
+    TEXTBOOK["reverse_kl"](torch.tensor(np.exp(log_p)), torch.softmax(logits, -1)).sum().backward()
+    assert torch.allclose(expected, logits.grad, atol=1e-6)
+    assert logits.grad.abs().max() > 0.05
+
+
+def test_backpropagating_delta_would_lose_the_teacher_and_ours_does_not():
+    """Back-propagating log q - log p of the sampled token: the teacher vanishes from the gradient."""
+    scored, _ = rollouts([5])
+    other = rollouts([5], seed=23)[0][0]
+    gradients = []
+    for teacher in (scored[0], other):
+        sample = type(scored[0])(scored[0].rollout, teacher.scores)
+        objective = build("policy_gradient")
+        rows = loss_rows([sample], objective.config, advantages=objective.prepare([sample], identity))
+        z = random_logits(n=5, seed=24).float().requires_grad_()
+        objective.per_token(rows.inputs(torch.arange(5), z)).value.sum().backward()
+        gradients.append(z.grad)
+    assert (gradients[0] - gradients[1]).abs().max() > 0.1
+
+
+def test_advantages_are_scaled_discounted_and_stay_inside_their_completion():
+    """Discounted sums leaking across padding, prompt or packed neighbours."""
+    scored, deltas = rollouts([4, 1, 6])
+    got = build("policy_gradient", kl_coef=0.5, kl_discount=0.9).prepare(scored, identity)
+    for advantage, d in zip(got, deltas, strict=True):
+        n = len(d)
+        wanted = [sum(0.9**j * -0.5 * d[t + j] for j in range(n - t)) for t in range(n)]
+        assert np.allclose(advantage, wanted, atol=1e-5)
+    alone = build("policy_gradient", kl_coef=0.5, kl_discount=0.9).prepare(scored[1:2], identity)
+    assert np.array_equal(alone[0], got[1])
+
+
+def test_without_discount_a_token_is_credited_with_its_own_advantage_only():
+    scored, deltas = rollouts([4])
+    assert np.allclose(build("policy_gradient", kl_coef=2.0).prepare(scored, identity)[0], -2.0 * deltas[0], atol=1e-5)
+
+
+def test_centring_subtracts_the_mean_over_counted_tokens_of_batch_or_prompt():
+    scored, _ = rollouts([4, 3, 5, 2], groups=[8, 8, 9, 9])
+    ignored = sorted({int(s.rollout.token_ids[0]) for s in scored})[:2]
+    keys = {"kl_discount": 0.5, "ignore_token_ids": ignored}
+    plain = build("policy_gradient", **keys).prepare(scored, identity)
+    masks = [~np.isin(s.rollout.token_ids, ignored) for s in scored]
+    assert any(not m.all() for m in masks)
+    batch_mean = np.concatenate([a[m] for a, m in zip(plain, masks, strict=True)]).mean()
+    for a, b in zip(plain, build("policy_gradient", center="batch", **keys).prepare(scored, identity), strict=True):
+        assert np.allclose(b, a - batch_mean, atol=1e-6)
+    grouped = build("policy_gradient", center="group", **keys).prepare(scored, identity)
+    for members in ((0, 1), (2, 3)):
+        mean = np.concatenate([plain[i][masks[i]] for i in members]).mean()
+        for i in members:
+            assert np.allclose(grouped[i], plain[i] - mean, atol=1e-6)
+
+
+def test_masked_tokens_earn_nothing_for_the_tokens_before_them():
+    scored, deltas = rollouts([5], seed=25)
+    last = int(scored[0].rollout.token_ids[-1])
+    counted = scored[0].rollout.token_ids != last
+    got = build("policy_gradient", kl_discount=1.0, ignore_token_ids=[last]).prepare(scored, identity)[0]
+    assert np.allclose(got, [-(deltas[0] * counted)[t:].sum() for t in range(5)], atol=1e-5)
+
+
+@pytest.mark.parametrize("center", ["batch", "group"])
+def test_centring_does_not_depend_on_which_rank_holds_a_sample(center):
+    groups = [70_000, 3, 70_000, 255, 3, 2**31]
+    scored, _ = rollouts([4, 3, 5, 2, 6, 1], groups=groups)
+    objective = build("policy_gradient", center=center, kl_discount=0.3)
+    alone = objective.prepare(scored, identity)
+    ranks = [[0, 1, 5], [2, 3], [4], []]
+    barrier, parts = threading.Barrier(len(ranks)), [np.zeros(0)] * len(ranks)
+
+    def on_rank(rank):
+        def all_reduce_sum(local):
+            parts[rank] = local
+            barrier.wait(10)
+            total = np.sum(parts, axis=0)
+            barrier.wait(10)
+            return total
+
+        return objective.prepare([scored[i] for i in ranks[rank]], all_reduce_sum)
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        together = list(pool.map(on_rank, range(len(ranks))))
+    for members, got in zip(ranks, together, strict=True):
+        for i, advantage in zip(members, got, strict=True):
+            assert np.allclose(advantage, alone[i], atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_policy_gradient_value_and_gradient_follow_the_clipped_ratio(clip):
+    targets = [0, 1, 2, 3, 4, 5]
+    z = random_logits(n=6, seed=26).requires_grad_()
+    log_q = torch.log_softmax(z, -1)[torch.arange(6), targets]
+    ratios = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.9]).double()
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0, -2.0]).double()
+    teacher = exact_rows(log_softmax(random_logits(n=6)), [[t] for t in targets], targets)
+    inputs = loss_inputs(z, teacher, targets, old_logprob=(log_q - ratios.log()).detach(), advantage=advantage)
+    result = build("policy_gradient", clip=clip).per_token(inputs)
+    # Clipped where the ratio has already moved past the bound in the advantage's direction.
+    clipped = torch.tensor([True, False, False, True, False, False]) if clip else torch.zeros(6, dtype=torch.bool)
+    bound = torch.tensor([1.2, 0, 0, 0.8, 0, 0]).double()
+    wanted = -advantage * torch.where(clipped, bound, ratios)
+    assert torch.allclose(result.value, wanted)
+    assert torch.equal(result.metrics["clipped"], clipped.float())
+    (gradient,) = torch.autograd.grad(result.value.sum(), z)
+    per_row = torch.autograd.grad(log_q.sum(), z)[0] * (-advantage * ratios * ~clipped)[:, None]
+    assert torch.allclose(gradient, per_row)
+
+
+def test_policy_gradient_metrics_match_numpy():
+    scored, deltas = rollouts([6])
+    objective = build("policy_gradient")
+    rows = loss_rows(scored, objective.config, advantages=objective.prepare(scored, identity))
+    z = random_logits(n=6, seed=27).float()
+    metrics = objective.per_token(rows.inputs(torch.arange(6), z)).metrics
+    log_q = log_softmax(z.double().numpy())
+    now = log_q[np.arange(6), scored[0].rollout.token_ids]
+    assert np.allclose(metrics["delta"], deltas[0], atol=1e-5)
+    assert np.allclose(metrics["student_entropy"], -(np.exp(log_q) * log_q).sum(1), atol=1e-5)
+    assert np.allclose(metrics["rollout_gap"], np.abs(scored[0].rollout.full_logprob - now), atol=1e-5)
+    assert np.allclose(metrics["ratio"], np.exp(now - scored[0].rollout.full_logprob), rtol=1e-4)
+
+
+def test_policy_gradient_without_advantages_is_refused():
+    inputs = loss_inputs(random_logits(), exact_rows(log_softmax(random_logits()), None, [0] * N), [0] * N)
+    with pytest.raises(ValueError, match="no advantages"):
+        build("policy_gradient").per_token(inputs)
+
+
+# One's own --------------------------------------------------------------------------------------------------------
+
+
+def my_total_variation(inputs: LossInputs, config: object) -> PerToken:
+    p, q = inputs.teacher.support_logprob.exp(), torch.softmax(inputs.student_logits, -1)
+    return PerToken(0.5 * (p - q).abs().sum(1), {"seen": q.sum(1)})
+
+
+def my_wrong_shape(inputs: LossInputs, config: object) -> PerToken:
+    return PerToken(inputs.student_logits.sum())
+
+
+def my_wrong_type(inputs: LossInputs, config: object) -> torch.Tensor:
+    return inputs.student_logits.sum(1)
+
+
+def test_a_users_own_function_is_called_and_checked():
+    z, log_p = random_logits(seed=28).requires_grad_(), log_softmax(random_logits(seed=29))
+    inputs = loss_inputs(z, exact_rows(log_p, None, [0] * N), [0] * N)
+    result = build(f"{__name__}:my_total_variation", options={"a": 1}).per_token(inputs)
+    wanted = 0.5 * np.abs(np.exp(log_p) - np.exp(log_softmax(z.detach()))).sum(1)
+    assert np.allclose(result.value.detach(), wanted)
+    assert not result.metrics["seen"].requires_grad
+    with pytest.raises(ValueError, match=r"my_wrong_shape returned value of shape \(\); expected \(4,\)"):
+        build(f"{__name__}:my_wrong_shape").per_token(inputs)
+    with pytest.raises(ValueError, match="my_wrong_type returned a Tensor; expected a PerToken"):
+        build(f"{__name__}:my_wrong_type").per_token(inputs)
