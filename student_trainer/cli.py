@@ -1,0 +1,177 @@
+"""`student-train`: reads the configuration, starts what must be started, runs, and turns every end into one line and
+an exit code: 0 done; 1 training failed; 2 the command, a file or the teacher does not fit; 75 the teacher stayed away
+(the same command goes on); 130 and 143 stopped by SIGINT and SIGTERM (likewise).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from student_trainer.config import TrainConfig
+from teacher_api import settings
+from teacher_api.errors import TeacherError
+
+if TYPE_CHECKING:
+    from student_trainer.distributed import Distributed
+
+PROGRAM = "student-train"
+DESCRIPTION = "Trains a student on its own samples, scored by a teacher that runs elsewhere."
+FAILED, UNUSABLE, TEACHER_GONE = 1, 2, 75
+SHORTCUTS = {
+    "--teacher-url": "teacher.url",
+    "--teacher-model": "teacher.model",
+    "--student": "student.model",
+    "--prompts": "data.source",
+    "--output-dir": "train.output_dir",
+    "--steps": "train.steps",
+    "--num-processes": "train.num_processes",
+}
+SWITCHES = {
+    "print_config": "print the resolved configuration as YAML and exit",
+    "dry_run": "load everything, shake hands, score one sequence, print the plan and exit; writes nothing",
+    "accept_new_teacher": "go on with a teacher other than the one this run began with",
+}
+COLLECTIVE_MARGIN_S = 1800.0
+"""Added to the teacher's budget: how long ranks wait for one another (evaluation and checkpoints on the main rank)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    config: TrainConfig
+    arguments: tuple[str, ...]
+    dry_run: bool
+
+
+def main() -> NoReturn:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command line and returns its exit code."""
+    try:
+        config, extras = settings.load(
+            TrainConfig,
+            arguments,
+            prog=PROGRAM,
+            description=DESCRIPTION,
+            env_prefix="STUDENT_",
+            shortcuts=SHORTCUTS,
+            switches=SWITCHES,
+        )
+    except settings.SettingsError as error:
+        return _say(error, UNUSABLE)
+    if extras.print_config:
+        print(settings.dump_yaml(config), end="")
+        return 0
+    if extras.accept_new_teacher:
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"accept_new_teacher": True})})
+    return _start(Command(config, tuple(arguments), bool(extras.dry_run)))
+
+
+def _start(command: Command) -> int:
+    """One process, or a launcher of several; a local teacher around either."""
+    from student_trainer import distributed, launch
+
+    if distributed.under_launcher():
+        return _rank(command)
+    try:
+        num_processes = _num_processes(command.config)
+        with _teacher_url(command.config) as url:
+            if num_processes > 1:
+                # Later arguments win: the ranks use the teacher that runs already.
+                return launch.run_ranks(num_processes, [*command.arguments, f"teacher.url={url}", "teacher.model="])
+            return _rank(command, url)
+    except ValueError as error:
+        return _say(error, UNUSABLE)
+
+
+def _rank(command: Command, url: str = "") -> int:
+    """This process' part of the run."""
+    from student_trainer import distributed, guards, plan, scoring
+    from student_trainer.checkpoint import CheckpointError
+    from student_trainer.run import prepare
+    from student_trainer.train import train
+
+    config = command.config
+    with contextlib.ExitStack() as stack:
+        try:
+            dist = distributed.join(config.student.device, config.teacher.timeout_s + COLLECTIVE_MARGIN_S)
+            stack.callback(dist.close)
+            distributed.set_arithmetic(config.train.threads, reference=config.train.reference)
+            url = url or stack.enter_context(_shared_teacher_url(config, dist))
+            stop = stack.enter_context(guards.StopSignals().installed())
+            prepared = prepare(config, dist, url, stop)
+            stack.callback(prepared.close)
+            if command.dry_run:
+                scored = plan.try_once(prepared)
+                if dist.is_main:
+                    print("\n".join([*plan.describe(prepared), f"teacher   {scored}"]))
+                return 0
+            for warning in prepared.warnings:
+                prepared.console.say(f"warning: {warning}")
+            prepared.begin()
+        except scoring.TeacherGone as error:
+            return _say(error, TEACHER_GONE)
+        except (ValueError, TeacherError, CheckpointError) as error:
+            return _say(error, UNUSABLE)
+        try:
+            train(prepared)
+        except guards.StopRequested:
+            return _say(f"stopped after step {prepared.step}; run the same command again to go on", stop.exit_code)
+        except scoring.TeacherGone as error:
+            return _say(f"stopped after step {prepared.step}: {error}", TEACHER_GONE)
+        except (
+            guards.TrainingError,
+            scoring.ScoreError,
+            scoring.HandshakeError,
+            TeacherError,
+            CheckpointError,
+        ) as error:
+            return _say(error, FAILED)
+    return 0
+
+
+@contextlib.contextmanager
+def _teacher_url(config: TrainConfig) -> Iterator[str]:
+    """The URL that is configured, or that of a local teacher, served as long as this is open."""
+    from student_trainer import launch
+
+    if config.teacher.model:
+        with launch.local_teacher(config.teacher) as url:
+            yield url
+    else:
+        yield config.teacher.url[0]
+
+
+@contextlib.contextmanager
+def _shared_teacher_url(config: TrainConfig, dist: Distributed) -> Iterator[str]:
+    """As `_teacher_url`, under somebody else's launcher: the main rank serves, all ranks get its URL."""
+    if not config.teacher.model:
+        yield config.teacher.url[0]
+        return
+    if int(os.environ.get("LOCAL_WORLD_SIZE", dist.world)) != dist.world:
+        raise ValueError("teacher.model serves one machine only; for several start teacher-serve and set teacher.url")
+    with _teacher_url(config) if dist.is_main else contextlib.nullcontext("") as url:
+        yield dist.first(url)
+
+
+def _num_processes(config: TrainConfig) -> int:
+    """train.num_processes, or one per visible GPU where the student may use them."""
+    import torch
+
+    if config.train.num_processes:
+        return config.train.num_processes
+    if config.student.device not in ("auto", "cuda"):
+        return 1
+    return max(1, torch.cuda.device_count())
+
+
+def _say(message: object, code: int) -> int:
+    """One line on standard error."""
+    print(f"{PROGRAM}: {' '.join(str(message).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,191 @@
+"""The trainer's whole configuration: one frozen section per part, each declared by the part that owns it, and the
+checks that concern several of them. The defaults written here and there are the only ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from student_trainer.checkpoint import CheckpointConfig
+from student_trainer.data.config import DataConfig
+from student_trainer.evaluate import EvalConfig
+from student_trainer.losses.config import LossField, parse_loss
+from student_trainer.optim import OptimConfig
+from student_trainer.rollout.config import RolloutConfig
+from student_trainer.tracking import TrackingConfig
+from teacher_api.settings import Section
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: str = ""
+    """Directory in Hugging Face format, or hub id. Required. Remote code is never run."""
+    revision: str = ""
+    """Hub revision (branch, tag or commit); empty: the default branch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward and backward pass. Weights and optimizer state are float32 either way: a small learning
+    rate would be lost to rounding in bfloat16 weights."""
+    device: str = "auto"
+    """auto: a GPU of this process' own if there is one, else cpu; or cpu, cuda, cuda:1."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    dropout: bool = False
+    """Keep the model's own dropout while training. Off, q_now is the distribution that is sampled from."""
+
+
+class TeacherConfig(Section):
+    """The service that scores, and what is asked of it."""
+
+    url: tuple[str, ...] = ()
+    """grpc://host:port, grpcs://…, http://… or https://… of a running teacher. Exactly one."""
+    model: str = ""
+    """Instead of a URL: a model to serve from a child process of this run, stopped when the run ends."""
+    serve_args: tuple[str, ...] = ()
+    """With `model`: further arguments of the child's command line, such as --dtype=bfloat16."""
+    visible_devices: str = ""
+    """With `model`: CUDA_VISIBLE_DEVICES of the child, such as 1 or 0,1; empty: as this process has it."""
+    top_k: int | Literal["all"] = 64
+    """Most likely ids per position that the teacher sends; all: its whole distribution (small vocabularies)."""
+    value_type: Literal["float32", "float16"] = "float32"
+    """Of the top-k logprobs on the wire; float16 halves the traffic at 3 significant digits."""
+    api_key: SecretStr = SecretStr("")
+    """Sent as a bearer token. Better in the environment (STUDENT_TEACHER__API_KEY) than in a file."""
+    timeout_s: float = Field(600.0, gt=0, le=86_400)
+    """How long one call may take, retries included: the longest outage of the teacher that a run sits out."""
+    attempt_timeout_s: float = Field(120.0, gt=0, le=86_400)
+    """Longest single attempt before it is given up and retried."""
+    start_timeout_s: float = Field(60.0, gt=0, le=86_400)
+    """How long to wait at the start for a teacher that isn't there or is still loading."""
+    max_concurrency: int = Field(8, ge=1, le=1024)
+    """Requests in flight at a time, per process."""
+    request_sequences: int = Field(8, ge=1, le=4096)
+    """Completions per request; those of one prompt stay together."""
+    accept_new_teacher: bool = False
+    """Go on although the teacher is not the one this run began with. Off, that is refused."""
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("url")
+    @classmethod
+    def _at_most_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(value) > 1:
+            raise ValueError(f"got {len(value)} URLs ({', '.join(value)}), expected one")
+        return value
+
+    @field_validator("top_k")
+    @classmethod
+    def _not_negative(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"got {value}, expected 0 or more, or all")
+        return value
+
+
+class TrainSection(Section):
+    """The loop itself."""
+
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run."""
+    batch_size: int = Field(32, ge=1)
+    """Prompts per step, over all processes; each is sampled rollout.group_size times."""
+    micro_batch_tokens: int = Field(16_384, ge=1)
+    """Padded tokens of one forward and backward: its sequences times its longest. A longer sequence goes alone."""
+    micro_batch_size: int = Field(0, ge=0)
+    """Most sequences of one forward and backward; 0: no limit of its own."""
+    loss_chunk_rows: int = Field(0, ge=0)
+    """Positions whose logits exist at a time; 0: as many as fit in 64 MiB."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Everything random is a pure function of this and of the step or sample number."""
+    output_dir: str = "runs/train"
+    """Holds checkpoints, metrics.jsonl, config.yaml and, at the end, the student in final/."""
+    num_processes: int = Field(0, ge=0, le=1024)
+    """Training processes on this machine; 0: one per visible GPU, or one. Unused under torchrun, accelerate launch."""
+    threads: int = Field(0, ge=0, le=1024)
+    """CPU threads per process; 0: torch's own choice (1 in reference mode)."""
+    reference: bool = False
+    """Bit-reproducible on the same machine: deterministic kernels, a fixed number of threads."""
+    max_bad_steps: int = Field(5, ge=1)
+    """Stop with an error after this many steps in a row without a finite loss and gradient. Such steps are skipped."""
+
+
+class TrainConfig(Section):
+    """Everything `student-train` can be told."""
+
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    loss: LossField = Field(default_factory=lambda: parse_loss({}))
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _complete(self) -> TrainConfig:
+        if not self.student.model:
+            raise ValueError("student.model is not set: name a directory or a hub id (--student MODEL)")
+        if not self.data.source:
+            raise ValueError("data.source is not set: name a file of prompts (--prompts FILE)")
+        if bool(self.teacher.url) == bool(self.teacher.model):
+            got = "both" if self.teacher.url else "neither"
+            raise ValueError(
+                f"expected one of teacher.url (--teacher-url) and teacher.model (--teacher-model), got {got}"
+            )
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps {self.train.steps}"
+            )
+        return self
+
+
+FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
+    "student": ("device", "gradient_checkpointing"),
+    "teacher": (
+        "url", "model", "serve_args", "visible_devices", "api_key", "timeout_s", "attempt_timeout_s", "start_timeout_s",
+        "max_concurrency", "request_sequences", "accept_new_teacher",
+    ),
+    "train": (
+        "steps", "micro_batch_tokens", "micro_batch_size", "loss_chunk_rows", "output_dir", "num_processes", "threads",
+        "max_bad_steps",
+    ),
+    "eval": (),
+    "checkpoint": ("save_every", "keep_last", "resume"),
+    "tracking": ("*",),
+}  # fmt: skip
+"""Keys that may differ when a run goes on: where things are, how fast, how long. All others define the experiment. (The
+teacher itself is held by its fingerprint.)"""
+
+
+def experiment(config: TrainConfig) -> dict[str, Any]:
+    """The flat `section.key` -> value map of what makes two runs the same experiment, as JSON values."""
+    flat: dict[str, Any] = {}
+    for section, values in config.model_dump(mode="json").items():
+        free = FREE_TO_CHANGE.get(section, ())
+        for key, value in values.items():
+            if "*" not in free and key not in free:
+                flat[f"{section}.{key}"] = value
+    return flat
+
+
+def digest(values: dict[str, Any]) -> str:
+    """Short digest of JSON values, equal on every rank that has the same configuration."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two experiments, one `key: old -> new` each, sorted by key."""
+    missing = "(not set)"
+    return [
+        f"{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    ]

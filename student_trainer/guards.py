@@ -1,0 +1,142 @@
+"""What keeps a run from ending badly: steps without a finite loss and gradient are skipped on every rank alike and
+counted, and a request to stop (SIGTERM, SIGINT) is obeyed where the weights are those of a whole step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from student_trainer.distributed import Distributed
+from student_trainer.scoring import TeacherGone
+from student_trainer.types import Rollout
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says where it broke."""
+
+
+class StopRequested(Exception):
+    """A signal asked the run to stop while nothing but time is lost by it."""
+
+
+RESUMABLE = (StopRequested, TeacherGone)
+"""Ends of a run after which the same command goes on from the checkpoint."""
+
+
+def agree(dist: Distributed, failure: Exception | None) -> None:
+    """Called by every rank at the same point: raises on all of them if one has a failure, the gravest where there are
+    several: first an error, then a teacher that is gone, then a request to stop."""
+    worst = int(dist.all_reduce_max(_gravity(failure)))
+    if worst == 0:
+        return
+    if failure is not None and _gravity(failure) == worst:
+        told = failure
+        dist.gather(_portable(failure))
+        raise told
+    others = dist.gather(None if failure is None else _portable(failure))
+    raise next(f for f in others if f is not None and _gravity(f) == worst)
+
+
+def _gravity(failure: Exception | None) -> int:
+    if failure is None:
+        return 0
+    return 1 if isinstance(failure, StopRequested) else 2 if isinstance(failure, TeacherGone) else 3
+
+
+def _portable(failure: Exception) -> Exception:
+    """As another rank can raise it."""
+    if isinstance(failure, RESUMABLE):
+        return failure
+    return TrainingError(f"another process failed: {type(failure).__name__}: {failure}")
+
+
+class BadSteps:
+    """Counts steps in a row that had to be skipped."""
+
+    def __init__(self, limit: int, in_a_row: int = 0) -> None:
+        self._limit = limit
+        self.in_a_row = in_a_row
+
+    def good(self) -> None:
+        self.in_a_row = 0
+
+    def bad(self, step: int, reason: str) -> None:
+        """Raises TrainingError where this is the `limit`-th bad step in a row."""
+        self.in_a_row += 1
+        if self.in_a_row >= self._limit:
+            raise TrainingError(
+                f"step {step}: {self.in_a_row} steps in a row without a finite loss and gradient (train.max_bad_steps "
+                f"is {self._limit}); the last: {reason}"
+            )
+
+
+def locate_non_finite(hidden_NH: Tensor, rollouts: Sequence[Rollout]) -> str:
+    """Names the first sample and position whose hidden state is not finite, or says that none is."""
+    bad = (~hidden_NH.detach().isfinite().all(dim=-1)).nonzero().flatten()
+    if not len(bad):
+        return f"samples {rollouts[0].uid} to {rollouts[-1].uid}: hidden states are finite, the loss is not"
+    row = int(bad[0])
+    for rollout in rollouts:
+        if row < rollout.num_tokens:
+            position = len(rollout.prompt.token_ids) + row
+            return f"sample {rollout.uid}, position {position}: the student's hidden state is not finite"
+        row -= rollout.num_tokens
+    raise AssertionError("more hidden rows than completion tokens")
+
+
+def first_non_finite_gradient(named_parameters: Iterator[tuple[str, torch.nn.Parameter]]) -> str:
+    for name, parameter in named_parameters:
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f"gradient of {name} is not finite"
+    return "gradient norm is not finite"
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT into a request. Inside `interruptible` it raises StopRequested at once; elsewhere it is
+    remembered until the next step boundary. A second signal acts as Python's default does."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._interruptible = False
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal number, as shells have it: 143 after SIGTERM, 130 after SIGINT."""
+        return 128 + self.received
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        """Handles both signals inside; main thread only."""
+        for handled in (signal.SIGTERM, signal.SIGINT):
+            self._previous[handled] = signal.signal(handled, self._handle)
+        try:
+            yield self
+        finally:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Work that may be dropped at any point: sampling, and waiting for the teacher."""
+        self._interruptible = True
+        try:
+            if self.received:
+                raise StopRequested
+            yield
+        finally:
+            self._interruptible = False
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._previous[number])
+        if self._interruptible:
+            self._interruptible = False
+            raise StopRequested

@@ -1,0 +1,148 @@
+"""Processes around the loop: a local `teacher-serve` child, and one training process per GPU. Both end with their
+parent, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from student_trainer.config import TeacherConfig
+from student_trainer.scoring import HandshakeError
+
+POLL_S = 0.1
+STOP_GRACE_S = 40.0
+"""From SIGTERM to SIGKILL: a rank may write its checkpoint in this time."""
+TEACHER_STOP_S = 10.0
+TEACHER_LOAD_S = 1800.0
+"""Longest wait for a local teacher to load; it exits at once where it can't."""
+
+
+@contextlib.contextmanager
+def local_teacher(config: TeacherConfig) -> Iterator[str]:
+    """Serves `teacher.model` from a child process on free loopback ports; yields its gRPC URL.
+
+    Raises:
+        HandshakeError: it ended before it was ready; its own line of cause is on standard error.
+    """
+    environment = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)  # the child is none of our ranks
+    if config.visible_devices:
+        environment["CUDA_VISIBLE_DEVICES"] = config.visible_devices
+    with tempfile.TemporaryDirectory(prefix="teacher-") as folder:
+        announced = Path(folder) / "ready.json"
+        command = [sys.executable, "-m", "teacher_server", "--model", config.model, "--http-port", "0"]
+        command += ["--grpc-port", "0", "--announce-file", str(announced), *config.serve_args]
+        key = config.api_key.get_secret_value()
+        if key:
+            environment["TEACHER_API_KEYS"] = json.dumps([key])
+        child = subprocess.Popen(
+            command, env=environment, stdout=sys.stderr, start_new_session=True, preexec_fn=_die_with_parent()
+        )
+        try:
+            yield _wait_ready(child, announced, config.model)
+        finally:
+            _stop([child], TEACHER_STOP_S)
+
+
+def run_ranks(num_processes: int, arguments: Sequence[str]) -> int:
+    """Runs `student-train` once per rank on this machine and returns the exit code of the first rank that failed, or 0.
+
+    Signals that ask to stop are passed on; where one rank fails, the others are stopped.
+    """
+    shared = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    command = [sys.executable, "-m", "student_trainer", *arguments]
+    children: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for rank in range(num_processes):
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment["LOCAL_WORLD_SIZE"] = str(num_processes)
+            children.append(
+                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent())
+            )
+        return _wait_all(children)
+    finally:
+        _stop(children, STOP_GRACE_S)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait_all(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Until all have ended or one has failed."""
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [code for code in codes if code]
+        if failed:
+            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(POLL_S)
+
+
+def _wait_ready(child: subprocess.Popen[bytes], announced: Path, model: str) -> str:
+    deadline = time.monotonic() + TEACHER_LOAD_S
+    while time.monotonic() < deadline:
+        if announced.exists():
+            return str(json.loads(announced.read_text())["grpc_url"])
+        code = child.poll()
+        if code is not None:
+            raise HandshakeError(
+                f"the local teacher for teacher.model {model!r} ended with code {code} before it was ready"
+            )
+        time.sleep(POLL_S)
+    raise HandshakeError(f"the local teacher for {model!r} was not ready after {TEACHER_LOAD_S:.0f} s")
+
+
+def _stop(children: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
+    """SIGTERM, and after the grace SIGKILL, to each child's whole session."""
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+    deadline = time.monotonic() + grace_s
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """On Linux: the kernel ends the child when this process dies, even by SIGKILL."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)  # found before the fork: nothing may be loaded after it
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+    def ask() -> None:
+        libc.prctl(set_parent_death_signal, signal.SIGTERM)
+
+    return ask
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,77 @@
+"""What `--dry-run` prints: what would be trained against whom, and the memory it will take, by formula."""
+
+from __future__ import annotations
+
+from student_trainer.run import Run, make_sampler
+from student_trainer.student import activation_bytes
+
+OPTIMIZER_VALUES = {"adamw": 2, "muon": 2}
+"""float32 values of optimizer state per parameter: AdamW's two moments (Muon keeps one for its matrices)."""
+LOSS_COPIES = 4
+"""Arrays as large as a chunk's logits that exist at once: logits, log-softmax, its exponential, their gradient."""
+DRY_RUN_NEW_TOKENS = 8
+
+
+def memory(run: Run) -> dict[str, int]:
+    """Expected bytes by what holds them, on the training device of one process."""
+    config, student = run.config, run.student
+    trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
+    weights = 4 * sum(p.numel() for p in student.model.parameters())
+    tokens = max(config.train.micro_batch_tokens, run.longest_tokens)
+    per_step = config.train.batch_size * config.rollout.group_size * run.longest_tokens
+    tokens = min(tokens, -(-per_step // run.dist.world))
+    width = student.parts.logit_width
+    held = min(run.chunk_rows, tokens)
+    teacher = width if run.needs.top_k == "all" else 2 * (run.needs.top_k + run.needs.student_top_k + 1)
+    return {
+        "weights": weights,
+        "gradients": 4 * trained,
+        "optimizer": 4 * trained * OPTIMIZER_VALUES[config.optim.name],
+        "activations": activation_bytes(student, tokens, gradient_checkpointing=config.student.gradient_checkpointing),
+        "logits": LOSS_COPIES * 4 * held * width,
+        "teacher_scores": 4 * tokens * teacher,
+    }
+
+
+def try_once(run: Run) -> str:
+    """Samples a few tokens, has them scored, and says so in a line."""
+    sampler = make_sampler(run.config, run.student, {"max_new_tokens": DRY_RUN_NEW_TOKENS})
+    with run.student.arithmetic():
+        rollouts = sampler.sample(
+            run.prompts.batch(0, 1, run.config.train.seed), [0], keep_top_k=run.needs.student_top_k
+        )
+    scored = run.scorer.score(rollouts)[0]
+    mean = float((scored.rollout.full_logprob - scored.scores.token_logprob).mean())
+    return f"scored one sequence of {scored.rollout.num_tokens} tokens: mean log q − log p = {mean:.3f} nats"
+
+
+def describe(run: Run) -> list[str]:
+    """The plan, a line each."""
+    config, teacher = run.config, run.teacher
+    parameters = sum(p.numel() for p in run.student.model.parameters())
+    per_step = config.train.batch_size * config.rollout.group_size
+    parts = memory(run)
+    lines = [
+        f"student   {config.student.model} ({type(run.student.model).__name__}, {parameters:,} parameters, "
+        f"{config.student.dtype} on {run.student.device})",
+        f"teacher   {teacher.model_name} ({teacher.engine} {teacher.engine_version}, {teacher.dtype}, fingerprint "
+        f"{teacher.fingerprint})",
+        f"prompts   {len(run.prompts):,} from {config.data.source}; completed up to {run.longest_tokens} tokens",
+        f"loss      {config.loss.objective}, teacher top-k {run.needs.top_k}, student top-k {run.needs.student_top_k}",
+        f"steps     {config.train.steps - run.step} of {config.train.steps} to do, {per_step} samples each, on "
+        f"{run.dist.world} process{'es' if run.dist.world > 1 else ''}",
+        "memory    "
+        + ", ".join(f"{name.replace('_', ' ')} {human(size)}" for name, size in parts.items())
+        + f"; together about {human(sum(parts.values()))} per process",
+        f"output    {config.train.output_dir}"
+        + (f" (goes on from {run.start.checkpoint})" if run.start.checkpoint else ""),
+    ]
+    return lines + [f"warning   {w}" for w in run.warnings]
+
+
+def human(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"

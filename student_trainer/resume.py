@@ -1,0 +1,88 @@
+"""What an output directory remembers of its run, and what may go on in it: the same experiment from its newest whole
+checkpoint, or nothing at all. Owns run.json; checkpoints themselves are checkpoint.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from student_trainer import checkpoint
+from student_trainer.config import TrainConfig, differences, experiment
+from teacher_api.settings import dump_yaml
+
+RUN_FILE, CONFIG_FILE, FINAL = "run.json", "config.yaml", "final"
+SHOWN_DIFFERENCES = 5
+
+
+class ResumeError(ValueError):
+    """The output directory and the command don't go together; the message says what differs and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins: at a checkpoint, or fresh."""
+
+    checkpoint: Path | None
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state.get("step", 0))
+
+
+def find_start(config: TrainConfig) -> Start:
+    """Decides from train.output_dir and checkpoint.resume.
+
+    Raises:
+        ResumeError: the directory holds another experiment, or a run that must not be gone on with.
+        CheckpointError: the checkpoint named by checkpoint.resume is not whole.
+    """
+    run_dir, resume = Path(config.train.output_dir), config.checkpoint.resume
+    recorded = _recorded(run_dir)
+    if recorded is not None:
+        changed = differences(recorded, experiment(config))
+        if changed:
+            more = f" and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
+            raise ResumeError(
+                f"train.output_dir {run_dir} holds a run with another configuration: "
+                f"{'; '.join(changed[:SHOWN_DIFFERENCES])}{more}. Use those values again, or another directory"
+            )
+    if resume == "never":
+        if recorded is not None:
+            raise ResumeError(
+                f"train.output_dir {run_dir} holds a run and checkpoint.resume is never; use another directory"
+            )
+        return Start(None, {})
+    if resume != "auto":
+        path = Path(resume)
+        return Start(path, checkpoint.read_state(path))
+    latest = checkpoint.find_latest(run_dir)
+    return Start(None, {}) if latest is None else Start(latest, checkpoint.read_state(latest))
+
+
+def record(config: TrainConfig) -> None:
+    """Writes run.json, which later starts are held against, and the resolved configuration for people to read."""
+    run_dir = Path(config.train.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _replace(run_dir / CONFIG_FILE, dump_yaml(config))
+    _replace(run_dir / RUN_FILE, json.dumps({"experiment": experiment(config)}, indent=1) + "\n")
+
+
+def _recorded(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text())["experiment"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{path} can't be read: {error}; use another train.output_dir") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,277 @@
+"""Puts a run together from its configuration and keeps what surrounds the algorithm of train.py: reports, evaluations,
+checkpoints. Everything that can be refused is refused in `prepare`, before the first step and before a file is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from student_trainer import checkpoint, guards, metrics, resume, scoring
+from student_trainer import student as students
+from student_trainer.config import TrainConfig
+from student_trainer.console import Console
+from student_trainer.data.prompts import PromptSource, load_prompts
+from student_trainer.distributed import Distributed, weights_digest
+from student_trainer.evaluate import evaluate
+from student_trainer.losses import build
+from student_trainer.losses.base import AnyObjective, Needs
+from student_trainer.optim import Optimizer
+from student_trainer.rollout.torch_sampler import TorchSampler
+from student_trainer.student import Student
+from student_trainer.tracking import Tracker
+from student_trainer.types import Metrics, Prompt, ScoredRollout
+from teacher_api.types import ScoreOptions, TeacherInfo
+
+SAMPLES_SHOWN = 3
+CHUNK_BYTES = 64 * 2**20
+"""Of float32 logits that exist at a time, by default."""
+
+
+@dataclass(slots=True)
+class Run:
+    """All that a step needs. Only `step`, `tokens` and what the optimizer changes move."""
+
+    config: TrainConfig
+    dist: Distributed
+    student: Student
+    prompts: PromptSource
+    eval_prompts: Sequence[Prompt]
+    sampler: TorchSampler
+    eval_sampler: TorchSampler
+    scorer: scoring.TeacherScorer
+    teacher: TeacherInfo
+    objective: AnyObjective
+    needs: Needs
+    optimizer: Optimizer
+    bad_steps: guards.BadSteps
+    stop: guards.StopSignals
+    console: Console
+    start: resume.Start
+    warnings: list[str]
+    longest_tokens: int
+    tracker: Tracker | None = None  # from `begin` on
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # completion tokens trained on so far
+    evaluated_at: int = -1
+    saved_at: int = -1
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.train.output_dir)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Positions whose logits exist at a time."""
+        return self.config.train.loss_chunk_rows or max(1, CHUNK_BYTES // (4 * self.student.parts.logit_width))
+
+    def begin(self) -> None:
+        """Opens the output directory: from here on, files are written."""
+        resolved = self.config.model_dump(mode="json")
+        if self.dist.is_main:
+            resume.record(self.config)
+        self.tracker = Tracker(self.run_dir, self.config.tracking, resolved, is_main=self.dist.is_main)
+        self.tracker.resume_at(self.step if self.start.checkpoint else -1)
+
+    def report(self, scored: Sequence[ScoredRollout], learned: Metrics, clock: metrics.Clock) -> None:
+        """Metrics of the step that `step` now counts, reduced over ranks, to the console and the trackers."""
+        figures = metrics.of_rollouts(scored, self.dist.sum_metrics)
+        self.tokens += int(figures["tokens"])
+        figures = {**learned, **figures, "total_tokens": float(self.tokens), **clock.read()}
+        if self.step % self.config.tracking.log_every == 0 or self.step == self.config.train.steps:
+            self._log(figures)
+        self.console.step(self.step, figures)
+        every = self.config.tracking.samples_every
+        if every and self.step % every == 0 and self.dist.is_main:
+            self.console.samples(self.step, metrics.sample_rows(scored, self._decode, SAMPLES_SHOWN))
+
+    def evaluate_if_due(self) -> None:
+        """Accuracy of the weights as they are, on the main rank; the others wait for it at the next agreement."""
+        every, step = self.config.eval.every, self.step
+        due = bool(every) and (step % every == 0 or step == self.config.train.steps)
+        if not due or self.evaluated_at == step:
+            return
+        with self.whole_or_not_at_all():
+            if self.dist.is_main:
+                self._evaluate()
+        self.evaluated_at = step
+
+    def checkpoint_if_due(self) -> None:
+        every = self.config.checkpoint.save_every
+        if (every and self.step % every == 0) or self.step == self.config.train.steps:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Writes the state after `step` steps, unless that is on disk already."""
+        if self.saved_at == self.step:
+            return
+        if self.dist.is_main:
+            state = {
+                "tokens": self.tokens,
+                "evaluated_at": self.evaluated_at,
+                "bad_steps": self.bad_steps.in_a_row,
+                "teacher_fingerprint": self.teacher.fingerprint,
+                "world": self.dist.world,
+            }
+            checkpoint.save(
+                self.run_dir,
+                self.step,
+                model=self.student.model,
+                tokenizer=self.student.tokenizer,
+                optimizer=self.optimizer,
+                state=state,
+            )
+            checkpoint.prune(self.run_dir, self.config.checkpoint.keep_last)
+        self.saved_at = self.step
+        self.dist.barrier()
+
+    @contextlib.contextmanager
+    def whole_or_not_at_all(self) -> Iterator[None]:
+        """For work that changes no state, so that a stop or an outage inside may drop it. What ends it on one rank ends
+        it on all; where the run can go on later, its checkpoint is written first."""
+        failure: Exception | None = None
+        try:
+            with self.stop.interruptible():
+                yield
+        except Exception as error:  # every rank must hear of it before any leaves
+            failure = error
+        try:
+            guards.agree(self.dist, failure)
+        except guards.RESUMABLE:
+            self.checkpoint()
+            raise
+
+    def finish(self) -> None:
+        """The final student, as a directory that plain transformers loads."""
+        if self.dist.is_main:
+            checkpoint.export(self.run_dir / resume.FINAL, model=self.student.model, tokenizer=self.student.tokenizer)
+        self.dist.barrier()
+
+    def close(self) -> None:
+        self.console.close()
+        if self.tracker is not None:
+            self.tracker.close()
+        self.scorer.close()
+
+    def _log(self, figures: Metrics) -> None:
+        assert self.tracker is not None, "begin() opens the tracker"
+        self.tracker.log(self.step, figures)
+
+    def _evaluate(self) -> None:
+        with self.student.arithmetic():
+            result = evaluate(self.eval_sampler, self.eval_prompts, self.config.eval.task, decode=self._decode)
+        self._log({"eval_accuracy": result.accuracy, "eval_low": result.low, "eval_high": result.high})
+        self.console.say(
+            f"step {self.step}: accuracy {result.accuracy:.1%} ({result.low:.1%}…{result.high:.1%}, n = {result.num})"
+        )
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.student.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopSignals) -> Run:
+    """Loads and checks everything; writes nothing.
+
+    Raises:
+        ValueError: a family of one-line refusals: student, data, output directory, handshake.
+        TeacherGone, TeacherError, CheckpointError: the teacher or the checkpoint can't be used.
+    """
+    start = resume.find_start(config)
+    objective = build(config.loss)
+    needs = objective.needs(config.teacher.top_k)
+    student = students.load(config.student, dist.device)
+    prompts = load_prompts(config.data, student.tokenizer)
+    longest = _longest_tokens(config, student, prompts)
+    options = ScoreOptions(
+        top_k=needs.top_k, temperature=config.loss.teacher_temperature, value_type=config.teacher.value_type
+    )
+    client, teacher = scoring.connect(config.teacher, url, run_name=Path(config.train.output_dir).name)
+    try:
+        scoring.check_tokenizer(student.tokenizer, teacher)
+        warnings = scoring.check_teacher(teacher, needs, options, longest)
+        if prompts.num_dropped:
+            warnings.append(f"{prompts.num_dropped} prompts are longer than data.max_prompt_tokens and left out")
+        began_with = str(start.state.get("teacher_fingerprint", ""))
+        scoring.check_same_teacher(began_with, teacher, config.teacher.accept_new_teacher)
+        optimizer = Optimizer(student.model.named_parameters(), config.optim, config.train.steps)
+        if start.checkpoint is not None:
+            checkpoint.load_model_weights(start.checkpoint, student.model)
+            checkpoint.load_optimizer(start.checkpoint, optimizer)
+        if dist.world > 1:
+            dist.require_equal("the student's weights", weights_digest(student.model.named_parameters()))
+            dist.require_equal("the teacher's fingerprint", teacher.fingerprint)
+            dist.require_equal("the first step", str(start.step))
+        return Run(
+            config=config,
+            dist=dist,
+            student=student,
+            prompts=prompts,
+            eval_prompts=_eval_prompts(config, student),
+            sampler=make_sampler(config, student, {}),
+            eval_sampler=make_sampler(config, student, _eval_settings(config)),
+            scorer=scoring.TeacherScorer(client, url, config.teacher, options),
+            teacher=teacher,
+            objective=objective,
+            needs=needs,
+            optimizer=optimizer,
+            bad_steps=guards.BadSteps(config.train.max_bad_steps, int(start.state.get("bad_steps", 0))),
+            stop=stop,
+            console=Console(is_main=dist.is_main, total_steps=config.train.steps, first_step=start.step),
+            start=start,
+            warnings=warnings,
+            longest_tokens=longest,
+            step=start.step,
+            tokens=int(start.state.get("tokens", 0)),
+            evaluated_at=int(start.state.get("evaluated_at", -1)),
+            saved_at=start.step if start.checkpoint else -1,
+        )
+    except BaseException:
+        client.close()
+        raise
+
+
+def make_sampler(config: TrainConfig, student: Student, changes: dict[str, Any]) -> TorchSampler:
+    """The run's sampler, with `changes` to the rollout section."""
+    return TorchSampler(
+        student.model,
+        eos_token_ids=student.eos_token_ids,
+        pad_token_id=student.pad_token_id,
+        vocabulary_size=student.vocabulary_size,
+        config=config.rollout.model_copy(update=changes),
+        seed=config.train.seed,
+    )
+
+
+def _eval_settings(config: TrainConfig) -> dict[str, Any]:
+    changes: dict[str, Any] = {"greedy": True}
+    if config.eval.max_new_tokens:
+        changes["max_new_tokens"] = config.eval.max_new_tokens
+    return changes
+
+
+def _eval_prompts(config: TrainConfig, student: Student) -> Sequence[Prompt]:
+    if not config.eval.every:
+        return ()
+    if config.eval.data is None:
+        raise ValueError("eval.every is set, but eval.data is not: name problems with answers (eval.data.source)")
+    prompts = load_prompts(config.eval.data, student.tokenizer, limit=config.eval.num_prompts).all()
+    without = [p.index for p in prompts if p.answer is None]
+    if without:
+        raise ValueError(
+            f"eval.data: {len(without)} of {len(prompts)} problems have no answer, the first is {without[0]}"
+        )
+    return prompts
+
+
+def _longest_tokens(config: TrainConfig, student: Student, prompts: PromptSource) -> int:
+    """Longest sequence that can come up; refused where the student has no positions for it."""
+    longest: int = max(len(p.token_ids) for p in prompts.all()) + config.rollout.max_new_tokens
+    if student.max_tokens and longest > student.max_tokens:
+        raise ValueError(
+            f"the longest prompt and rollout.max_new_tokens make {longest} tokens, the student has positions for "
+            f"{student.max_tokens}; lower rollout.max_new_tokens or set data.max_prompt_tokens"
+        )
+    return longest

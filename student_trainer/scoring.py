@@ -1,0 +1,228 @@
+"""The trainer's side of the teacher: the handshake before the first step, and scores for a step's rollouts. Knows what
+must hold between student and teacher; knows nothing of sockets and retries (teacher_api.client) or losses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from student_trainer.config import TeacherConfig
+from student_trainer.losses.base import Needs
+from student_trainer.types import Rollout, ScoredRollout
+from teacher_api.client import TeacherClient
+from teacher_api.errors import DeadlineExceeded, FingerprintMismatch, TeacherError
+from teacher_api.info import explain_difference, tokenizer_fingerprint
+from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, Scores, TeacherInfo
+
+
+class HandshakeError(ValueError):
+    """This teacher can't teach this student as configured; the message says what differs and what to do."""
+
+
+class TeacherGone(RuntimeError):
+    """The teacher stayed away past its budget. Nothing was lost: the run goes on from its checkpoint."""
+
+    def __init__(self, url: str, seconds: float, cause: TeacherError) -> None:
+        super().__init__(f"no teacher at {url} for {seconds:.0f} s ({cause}); run the same command again to go on")
+        self.url, self.seconds, self.cause = url, seconds, cause
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.url, self.seconds, self.cause))
+
+
+class ScoreError(RuntimeError):
+    """The teacher's answer can't be trained on; the message names the sample and the position."""
+
+
+def connect(config: TeacherConfig, url: str, *, run_name: str) -> tuple[TeacherClient, TeacherInfo]:
+    """A client bound to the teacher that answers at `url`, and what it says of itself.
+
+    Raises:
+        TeacherGone: nobody answered within teacher.start_timeout_s.
+    """
+    key = config.api_key.get_secret_value() or None
+    started = time.monotonic()
+    try:
+        with TeacherClient(url, api_key=key, timeout_s=config.start_timeout_s) as first:
+            info = first.info()
+    except TeacherError as error:
+        raise _classified(error, url, time.monotonic() - started) from error
+    client = TeacherClient(
+        url,
+        api_key=key,
+        timeout_s=config.timeout_s,
+        attempt_timeout_s=min(config.attempt_timeout_s, config.timeout_s),
+        max_concurrency=config.max_concurrency,
+        expect_fingerprint=info.fingerprint,
+        metadata=CallMetadata(run=run_name[:128]),
+    )
+    return client, info
+
+
+def check_tokenizer(tokenizer: object, info: TeacherInfo) -> None:
+    """Raises HandshakeError unless both sides mean the same by every token id."""
+    mine, parts = tokenizer_fingerprint(tokenizer)
+    if not info.tokenizer_fingerprint:
+        raise HandshakeError(
+            f"the teacher {info.model_name} has no tokenizer to compare with; put its files beside the model"
+        )
+    if mine != info.tokenizer_fingerprint:
+        what = explain_difference(parts, info.tokenizer_parts)
+        raise HandshakeError(f"student and teacher {info.model_name} have different tokenizers: {what}")
+
+
+def check_teacher(info: TeacherInfo, needs: Needs, options: ScoreOptions, longest_tokens: int) -> list[str]:
+    """Holds what the run will ask for against what the teacher says it can do.
+
+    Args:
+        longest_tokens: longest sequence that can come up, prompt and completion.
+
+    Returns:
+        Warnings: things that work, but not exactly.
+
+    Raises:
+        HandshakeError: the teacher would refuse; says which option and the limit.
+    """
+    wanted = {
+        "full_vocabulary": options.top_k == "all",
+        "top_k": options.top_k not in (0, "all"),
+        "candidates": needs.student_top_k > 0 and options.top_k != "all",
+        "temperature": options.temperature != 1.0,
+        "float16": options.value_type == "float16" and options.top_k != 0,
+    }
+    lacking = [name for name, needed in wanted.items() if needed and name not in info.features]
+    if lacking:
+        raise HandshakeError(
+            f"the teacher ({info.engine}, {info.scoring_path}) does not offer {', '.join(lacking)}, which loss and "
+            f"teacher.top_k={options.top_k} ask for; it offers {', '.join(info.features)}"
+        )
+    if isinstance(options.top_k, int) and options.top_k > info.max_top_k:
+        raise HandshakeError(f"teacher.top_k is {options.top_k}, this teacher gives at most {info.max_top_k}")
+    if wanted["candidates"] and needs.student_top_k > info.max_candidates:
+        raise HandshakeError(
+            f"loss.support sends {needs.student_top_k} candidates per row, this teacher takes {info.max_candidates}"
+        )
+    if longest_tokens > info.max_sequence_tokens:
+        raise HandshakeError(
+            f"prompts and rollout.max_new_tokens make up to {longest_tokens} tokens, this teacher scores at most "
+            f"{info.max_sequence_tokens}; shorten one of them"
+        )
+    if options.top_k not in (0, "all") and "exact_tail" not in info.features:
+        return ["this teacher does not compute the tail from its logits (no exact_tail): tail masses are approximate"]
+    return []
+
+
+def check_same_teacher(began_with: str, info: TeacherInfo, accept_new: bool) -> None:
+    """Raises HandshakeError where a run would go on with another teacher than it began with."""
+    if began_with and began_with != info.fingerprint and not accept_new:
+        raise HandshakeError(
+            f"this run began with teacher {began_with}, at {info.model_name} now answers {info.fingerprint}; start "
+            "that teacher again, or pass --accept-new-teacher to go on with the new one"
+        )
+
+
+class TeacherScorer:
+    """Scores rollouts with one teacher. Answers are bound to the fingerprint its client expects."""
+
+    def __init__(self, client: TeacherClient, url: str, config: TeacherConfig, options: ScoreOptions) -> None:
+        self._client = client
+        self._url = url
+        self._request_sequences = config.request_sequences
+        self.options = options
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """The teacher's view of every completion token, in the order of `rollouts`.
+
+        Raises:
+            TeacherGone: the teacher stayed away past its budget.
+            TeacherError: it refused (a typed error of the contract).
+            ScoreError: an answer is missing, doubled, or not finite.
+        """
+        if not rollouts:
+            return []
+        started = time.monotonic()
+        answers: dict[str, Scores] = {}
+        try:
+            for scores in self._client.score_many(self._requests(rollouts)):
+                if scores.id in answers:
+                    raise ScoreError(f"the teacher answered sample {scores.id} twice")
+                answers[scores.id] = scores
+        except TeacherError as error:
+            raise _classified(error, self._url, time.monotonic() - started) from error
+        missing = [r.uid for r in rollouts if str(r.uid) not in answers]
+        if missing:
+            raise ScoreError(f"the teacher left out {len(missing)} of {len(rollouts)} samples, such as {missing[0]}")
+        return [ScoredRollout(r, _checked(r, answers[str(r.uid)], self.options)) for r in rollouts]
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _requests(self, rollouts: Sequence[Rollout]) -> Iterator[ScoreRequest]:
+        """Requests of up to `request_sequences` completions; those of one prompt share it on the wire."""
+        for group in _grouped(rollouts, self._request_sequences):
+            places: dict[int, int] = {}
+            for rollout in group:
+                places.setdefault(rollout.prompt.index, len(places))
+            prompts = {r.prompt.index: r.prompt.token_ids for r in group}
+            yield ScoreRequest(
+                prompts=[np.asarray(prompts[index], dtype=np.int32) for index in places],
+                completions=[self._completion(r, places[r.prompt.index]) for r in group],
+                options=self.options,
+            )
+
+    def _completion(self, rollout: Rollout, prompt_index: int) -> Completion:
+        ids = rollout.student_topk_ids
+        candidates = None
+        if ids is not None and self.options.top_k != "all":
+            offsets = np.arange(len(ids) + 1, dtype=np.int32) * ids.shape[1]
+            candidates = Candidates(np.ascontiguousarray(ids, dtype=np.int32).reshape(-1), offsets)
+        tokens = np.asarray(rollout.token_ids, dtype=np.int32)
+        return Completion(id=str(rollout.uid), token_ids=tokens, prompt_index=prompt_index, candidates=candidates)
+
+
+def _grouped(rollouts: Sequence[Rollout], most: int) -> Iterator[list[Rollout]]:
+    """Consecutive rollouts in groups of at most `most`; those of one prompt are split only where they are more."""
+    pending: list[Rollout] = []
+    for _, same_prompt in itertools.groupby(rollouts, key=lambda r: r.prompt.index):
+        members = list(same_prompt)
+        if pending and len(pending) + len(members) > most:
+            yield pending
+            pending = []
+        pending.extend(members)
+        while len(pending) > most:
+            yield pending[:most]
+            pending = pending[most:]
+    if pending:
+        yield pending
+
+
+def _checked(rollout: Rollout, scores: Scores, options: ScoreOptions) -> Scores:
+    """The last look before the loss: every value is there and finite."""
+    arrays = {
+        "token_logprob": scores.token_logprob,
+        "log_tail": scores.log_tail,
+        "topk_logprob": scores.topk_logprob,
+        "candidate_logprob": scores.candidate_logprob,
+    }
+    if options.top_k != 0 and scores.topk_logprob is None:
+        raise ScoreError(f"sample {rollout.uid}: no top-k values came back, {options.top_k} were asked for")
+    for name, array in arrays.items():
+        if array is not None and not np.isfinite(array).all():
+            flat = int(np.flatnonzero(~np.isfinite(array).reshape(-1))[0])
+            row = flat // max(1, array.size // max(1, scores.num_rows))
+            position = int(scores.positions[min(row, scores.num_rows - 1)])
+            raise ScoreError(f"sample {rollout.uid}, position {position}: the teacher's {name} is not finite")
+    return scores
+
+
+def _classified(error: TeacherError, url: str, seconds: float) -> Exception:
+    """What a failed call means for the run: a teacher that is away, another teacher, or a refusal as it is."""
+    if error.retryable or isinstance(error, DeadlineExceeded):
+        return TeacherGone(url, seconds, error)
+    if isinstance(error, FingerprintMismatch):
+        return HandshakeError(f"the teacher at {url} is not the one this run works with: {error.message}")
+    return error

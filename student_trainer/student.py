@@ -1,0 +1,216 @@
+"""The model that learns: loading, what its tokenizer says of ends and padding, and the forward pass of a padded
+micro-batch down to the hidden rows that are scored. No loss, no optimizer, no sampling here.
+
+Shape legend: B sequences, T tokens (right-padded), N scored rows of all sequences together, H hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from student_trainer.config import StudentConfig
+from student_trainer.types import Rollout
+from teacher_api import causal_lm
+
+VERIFY_TOKENS = 16
+"""Length of the sequence on which trunk and head are held against the whole model after loading."""
+
+
+class StudentError(ValueError):
+    """A student that can't be loaded or trained as configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A loaded student. `parts` shares the model's parameters."""
+
+    model: Any
+    tokenizer: Any
+    parts: causal_lm.Parts
+    device: torch.device
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    max_tokens: int  # longest sequence its positions allow; 0: no limit stated
+    autocast: bool  # bfloat16 arithmetic on float32 weights
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids the tokenizer knows; the model's logits may be wider."""
+        return len(self.tokenizer)
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of every forward pass of this student: bfloat16 arithmetic where that was asked for."""
+        if not self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def hidden_rows(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Hidden states [N, H] from which the completion tokens of `rollouts` are predicted, one after the other: the
+        row of completion token n of a sample is position P + n - 1 of its sequence, P prompt tokens.
+
+        Padding is on the right and unmasked: the models are causal, so no real token sees it.
+        """
+        lengths = [len(r.prompt.token_ids) + r.num_tokens for r in rollouts]
+        # The last token of a sequence predicts nothing that is scored.
+        tokens_BT = np.full((len(rollouts), max(lengths) - 1), self.pad_token_id, dtype=np.int64)
+        rows, columns = [], []
+        for b, rollout in enumerate(rollouts):
+            prompt_tokens = len(rollout.prompt.token_ids)
+            sequence = np.concatenate([rollout.prompt.token_ids, rollout.token_ids])
+            tokens_BT[b, : len(sequence) - 1] = sequence[:-1]
+            rows.append(np.full(rollout.num_tokens, b, dtype=np.int64))
+            columns.append(np.arange(prompt_tokens - 1, len(sequence) - 1, dtype=np.int64))
+        index = (torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns)))
+        with self.arithmetic():
+            hidden_BTH = self.parts.trunk(torch.from_numpy(tokens_BT).to(self.device))
+        return hidden_BTH[index[0].to(self.device), index[1].to(self.device)]  # type: ignore[no-any-return]
+
+    def head(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [N, W] of hidden rows [N, H], W the columns the model defines."""
+        with self.arithmetic():
+            return self.parts.head(hidden_NH)  # type: ignore[no-any-return]
+
+    def seed_dropout(self, seed: int, uid: int) -> None:
+        """Makes the dropout of the next micro-batch, if there is any, a function of the run's seed and its first
+        sample's number."""
+        if self.model.training:
+            torch.manual_seed(int(np.random.SeedSequence([seed, uid]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def load(config: StudentConfig, device: torch.device) -> Student:
+    """Loads model and tokenizer, checks the cut into trunk and head, and prepares the model for training.
+
+    Raises:
+        StudentError: nothing there, not a causal language model, or without a tokenizer.
+    """
+    import transformers
+
+    with _quiet(transformers):
+        where = _locate(config)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+            model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            cause = " ".join(str(error).split())[:300]
+            raise StudentError(f"student.model {config.model!r} can't be loaded: {cause}") from error
+    model.to(device)
+    eos = eos_token_ids(model, tokenizer)
+    if len(tokenizer) > causal_lm.logit_width(model):
+        raise StudentError(
+            f"student.model {config.model!r}: its tokenizer has {len(tokenizer)} entries, its head only "
+            f"{causal_lm.logit_width(model)} columns; expected at least as many columns"
+        )
+    parts = _verified(model, len(tokenizer), device)
+    _prepare(model, config)
+    pad = tokenizer.pad_token_id
+    limit = getattr(causal_lm.text_config(model.config), "max_position_embeddings", None)
+    return Student(
+        model=model,
+        tokenizer=tokenizer,
+        parts=parts,
+        device=device,
+        eos_token_ids=eos,
+        pad_token_id=int(pad if pad is not None else (eos[0] if eos else 0)),
+        max_tokens=int(limit or 0),
+        autocast=config.dtype == "bfloat16",
+    )
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a completion: the generation config's (it may list several), and the tokenizer's own.
+
+    Raises:
+        StudentError: there is none, so no completion could ever end.
+    """
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    ids = list(listed) if isinstance(listed, list | tuple) else [listed]
+    found = sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None and 0 <= int(i) < len(tokenizer)})
+    if not found:
+        raise StudentError("student.model has no end-of-sequence token in its tokenizer or generation config")
+    return tuple(found)
+
+
+def parameter_count(student: Student) -> int:
+    return sum(p.numel() for p in student.model.parameters())
+
+
+def activation_bytes(student: Student, tokens: int, *, gradient_checkpointing: bool) -> int:
+    """Estimate of what the backward pass keeps for one micro-batch: layers · tokens · hidden · 34 values of 16 bits
+    (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2 without the quadratic part, which fused attention does not keep),
+    twice that in float32; with gradient checkpointing one hidden state per layer and one layer whole."""
+    config = causal_lm.text_config(student.model.config)
+    layers = int(getattr(config, "num_hidden_layers", 1))
+    hidden = student.parts.hidden_size
+    scale = 1 if student.autocast else 2
+    one_layer = 34 * tokens * hidden * scale
+    if gradient_checkpointing:
+        return layers * tokens * hidden * 2 * scale + one_layer
+    return layers * one_layer
+
+
+def _locate(config: StudentConfig) -> dict[str, Any]:
+    """Arguments of from_pretrained. What looks like a path must be there: a typo is never asked of the hub."""
+    path = Path(config.model).expanduser()
+    looks_like_path = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise StudentError(f"student.model {config.model!r} has no config.json; expected a Hugging Face directory")
+        return {"pretrained_model_name_or_path": str(path), "local_files_only": True, "trust_remote_code": False}
+    if path.exists() or looks_like_path:
+        raise StudentError(f"student.model {config.model!r} is not a directory; expected a checkpoint or a hub id")
+    revision = {"revision": config.revision} if config.revision else {}
+    return {"pretrained_model_name_or_path": config.model, "trust_remote_code": False, **revision}
+
+
+@torch.no_grad()
+def _verified(model: Any, vocabulary_size: int, device: torch.device) -> causal_lm.Parts:
+    model.eval()
+    try:
+        parts = causal_lm.split(model)
+        ids = torch.arange(VERIFY_TOKENS, device=device)[None] % vocabulary_size
+        causal_lm.verify(parts, model, ids)
+    except ValueError as error:
+        raise StudentError(f"student.model: {error}") from error
+    return parts
+
+
+def _prepare(model: Any, config: StudentConfig) -> None:
+    """Modes of training. Without dropout the model stays in eval mode, except that gradient checkpointing exists in
+    train mode only; there the dropouts themselves are set to zero."""
+    if not config.dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            for name in ("attention_dropout", "dropout", "activation_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+    if config.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise StudentError(
+                f"{type(model).__name__} has no gradient checkpointing: turn student.gradient_checkpointing off"
+            )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train(config.dropout or config.gradient_checkpointing)
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Any:
+    """Loading without transformers' own bars and notes: the console shows one line instead."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,103 @@
+"""The algorithm: the student samples, the teacher scores every token of it, the objective turns both into a gradient.
+Everything a step needs stands in `Run`, put together by run.py. A step is a pure function of its number and the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from student_trainer import guards, metrics
+from student_trainer.losses import chunked, normalise
+from student_trainer.losses.mask import loss_mask
+from student_trainer.losses.rows import loss_rows
+from student_trainer.microbatch import pack
+from student_trainer.run import Run
+from student_trainer.types import Metrics, Rollout, ScoredRollout
+
+
+def train(run: Run) -> None:
+    """Runs the steps that are left; leaves the final student in output_dir/final.
+
+    Raises:
+        StopRequested, TeacherGone: the checkpoint of the last whole step has been written.
+        TrainingError, ScoreError, TeacherError: training can't go on; earlier checkpoints are untouched.
+    """
+    run.evaluate_if_due()
+    while run.step < run.config.train.steps:
+        clock = metrics.Clock()
+        with run.whole_or_not_at_all():
+            rollouts = sample(run)
+            clock.lap("sample")
+            scored = run.scorer.score(rollouts)
+            clock.lap("score")
+        learned = learn(run, scored)
+        clock.lap("learn")
+        run.step += 1
+        run.report(scored, learned, clock)
+        run.evaluate_if_due()
+        run.checkpoint_if_due()
+    run.finish()
+
+
+def sample(run: Run) -> list[Rollout]:
+    """This rank's completions of this step's prompts: those of prompt rows with row % world == rank."""
+    size, group = run.config.train.batch_size, run.config.rollout.group_size
+    prompts = run.prompts.batch(run.step, size, run.config.train.seed)
+    rows = [(row, member) for row in range(size) if run.dist.owns(row) for member in range(group)]
+    uids = [(run.step * size + row) * group + member for row, member in rows]
+    with run.student.arithmetic():
+        return run.sampler.sample([prompts[row] for row, _ in rows], uids, keep_top_k=run.needs.student_top_k)
+
+
+def learn(run: Run, scored: list[ScoredRollout]) -> Metrics:
+    """One optimizer step on the global batch; skipped, alike on every rank, where loss or gradient is not finite."""
+    counted_tokens, local, trouble = accumulate(run, scored)
+    run.dist.sum_gradients(run.student.model.parameters())
+    totals = run.dist.sum_metrics(local)
+    learned = {name: value / max(counted_tokens, 1.0) for name, value in totals.items() if name != "loss"}
+    learned["loss"] = totals.get("loss", 0.0)
+    learned["learning_rate"] = run.optimizer.learning_rate(run.step)
+    learned["grad_norm"] = run.optimizer.grad_norm()
+    if not counted_tokens:
+        trouble = "no token of this step counts (loss.ignore_token_ids)"
+    elif not metrics.finite(learned["loss"], learned["grad_norm"]):
+        trouble = run.dist.first(trouble) or guards.first_non_finite_gradient(run.student.model.named_parameters())
+    else:
+        run.optimizer.step(run.step)
+        trouble = ""
+    run.optimizer.zero_grad()
+    learned["skipped"] = float(bool(trouble))
+    if trouble:
+        run.bad_steps.bad(run.step, trouble)
+    else:
+        run.bad_steps.good()
+    return learned
+
+
+def accumulate(run: Run, scored: list[ScoredRollout]) -> tuple[float, Metrics, str]:
+    """Adds the gradient of this rank's share of the global loss to the parameters.
+
+    Returns:
+        The global number of counted tokens, this rank's part of the loss and plain sums of its metrics, and where the
+        first value that is not finite came up ("" if none did).
+    """
+    config, device = run.config, run.student.device
+    masks = [loss_mask(s.rollout, config.loss) for s in scored]
+    global_counts = run.dist.all_reduce_sum(normalise.count(masks))
+    weights = normalise.token_weights(masks, global_counts, config.loss.normalise)
+    advantages = run.objective.prepare(scored, run.dist.all_reduce_sum)
+    lengths = [len(s.rollout.prompt.token_ids) + s.rollout.num_tokens for s in scored]
+    sums: Metrics = {}
+    trouble = ""
+    for batch in pack(lengths, config.train.micro_batch_tokens, config.train.micro_batch_size):
+        members = [scored[i] for i in batch]
+        rollouts = [s.rollout for s in members]
+        rows = loss_rows(members, config.loss, device, [advantages[i] for i in batch] if advantages else None)
+        weights_N = torch.cat([torch.from_numpy(weights[i]) for i in batch])
+        run.student.seed_dropout(config.train.seed, rollouts[0].uid)
+        hidden_NH = run.student.hidden_rows(rollouts)
+        loss, partial = chunked.backward(run.student.head, hidden_NH, run.objective, rows, weights_N, run.chunk_rows)
+        metrics.add(sums, {"loss": loss, **partial})
+        if not trouble and not metrics.finite(loss):
+            trouble = guards.locate_non_finite(hidden_NH, rollouts)
+    return float(global_counts[0]), sums, trouble
