@@ -64,7 +64,7 @@ def load(
     _verify(parts, network, device)
     config = causal_lm.text_config(network.config)
     head, head_dtype = float32_head(parts)
-    size, fingerprint, tokenizer_parts = _tokenizer_facts(directory, parts.logit_width)
+    size, fingerprint, tokenizer_parts = tokenizer_facts(directory, parts.logit_width)
     facts = ModelFacts(
         model_name=model,
         tokenizer_size=size,
@@ -169,7 +169,7 @@ def _verify(parts: causal_lm.Parts, network: Any, device: torch.device) -> None:
     causal_lm.verify(parts, network, ids)
 
 
-def _tokenizer_facts(directory: Path, logit_width: int) -> tuple[int, str, dict[str, str]]:
+def tokenizer_facts(directory: Path, logit_width: int) -> tuple[int, str, dict[str, str]]:
     """(tokenizer size, fingerprint, digests of its parts). Without tokenizer files every column counts as an id."""
     if not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
         logger.warning(
