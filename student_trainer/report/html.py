@@ -6,8 +6,8 @@ repeat are kept once and referred to by number.
 
 from __future__ import annotations
 
+import bisect
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,15 @@ from markupsafe import Markup
 from student_trainer.report import curves
 from student_trainer.report.model import Choice, Report, TokenView
 
-LEVELS = 9
-LOWEST_NATS, HIGHEST_NATS = 1e-3, 3.0
-"""Ends of the colour scale, which is logarithmic: divergences within one completion span orders of magnitude."""
+LEVEL_STARTS_NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Smallest divergence of each colour. Roughly logarithmic: those of one completion span orders of magnitude."""
+UNDERLINED = 3
+"""So many of the highest steps are marked by more than a colour."""
 
 
 def level(kl_nats: float) -> int:
-    """Step 0 … LEVELS of the colour scale; 0 has no colour."""
-    if kl_nats <= LOWEST_NATS:
-        return 0
-    place = math.log(kl_nats / LOWEST_NATS) / math.log(HIGHEST_NATS / LOWEST_NATS)
-    return min(LEVELS, 1 + int(place * LEVELS))
-
-
-def level_start(step: int) -> float:
-    """Smallest divergence, in nats, of colour step `step` >= 1."""
-    return float(LOWEST_NATS * (HIGHEST_NATS / LOWEST_NATS) ** ((step - 1) / LEVELS))
+    """Step of the colour scale, from 1; 0 has no colour."""
+    return bisect.bisect_right(LEVEL_STARTS_NATS, kl_nats)
 
 
 def visible(text: str) -> str:
@@ -63,7 +56,8 @@ def render(report: Report) -> str:
     return environment.get_template("template.html.j2").render(
         report=report,
         charts=[(chart, curves.svg(chart)) for chart in report.charts],
-        legend=[(step, level_start(step)) for step in range(1, LEVELS + 1)],
+        legend=list(enumerate(LEVEL_STARTS_NATS, start=1)),
+        underlined_from=len(LEVEL_STARTS_NATS) - UNDERLINED + 1,
         sides=_summaries(report),
         data=_embed(tokens),
     )
