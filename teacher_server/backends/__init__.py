@@ -1,0 +1,73 @@
+"""The registry of scoring engines: a name from the configuration becomes a backend. Engines are imported only when
+asked for, so that a missing or slow one costs nothing."""
+
+from __future__ import annotations
+
+from teacher_server.backends.base import ScoringBackend
+from teacher_server.config import ServerConfig
+
+
+def create(config: ServerConfig) -> ScoringBackend:
+    """The backend that `config` asks for, not loaded yet. Raises ValueError when its libraries are missing."""
+    makers = {"torch": _torch, "vllm": _vllm, "fake": _fake}
+    try:
+        backend = makers[config.backend](config)
+    except ImportError as error:
+        raise ValueError(
+            f"backend {config.backend} needs a library that is not installed: {error}; "
+            f"install the extra `{'vllm' if config.backend == 'vllm' else 'server'}`"
+        ) from error
+    if config.control != "none":
+        from teacher_server.backends.control import ControlBackend
+
+        return ControlBackend(backend, config.control)
+    return backend
+
+
+def _fake(config: ServerConfig) -> ScoringBackend:
+    from teacher_server.backends.fake import FakeBackend, Faults
+
+    return FakeBackend(
+        config.model,
+        vocabulary=config.fake_vocabulary,
+        max_sequence_tokens=config.max_sequence_tokens,
+        batch_tokens=config.batch_tokens,
+        batch_sequences=1 if config.reference else config.batch_sequences,
+        faults=Faults(
+            latency_s=config.fake_latency_s,
+            poison_token=config.fake_poison_token,
+            nan_token=config.fake_nan_token,
+            short_token=config.fake_short_token,
+            hang_token=config.fake_hang_token,
+        ),
+    )
+
+
+def _torch(config: ServerConfig) -> ScoringBackend:
+    from teacher_server.backends.torch_backend import TorchBackend
+
+    return TorchBackend(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        threads=config.threads,
+        reference=config.reference,
+        batch_tokens=config.batch_tokens,
+        batch_sequences=config.batch_sequences,
+        head_chunk_rows=config.head_chunk_rows,
+        max_sequence_tokens=config.max_sequence_tokens,
+    )
+
+
+def _vllm(config: ServerConfig) -> ScoringBackend:
+    from teacher_server.backends.vllm_backend import VllmBackend
+
+    return VllmBackend(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        max_sequence_tokens=config.max_sequence_tokens,
+        max_top_k=config.max_top_k,
+        engine_args=dict(config.vllm),
+    )

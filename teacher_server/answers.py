@@ -1,0 +1,49 @@
+"""From the service's answers to sealed frames, for both transports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from teacher_api import wire
+from teacher_api.errors import InternalError, TeacherError
+from teacher_api.v1 import teacher_pb2 as pb
+from teacher_server.service import Answer
+
+FRAME_BYTES = 1 << 20  # of rows in one stream frame: large enough to be efficient, small enough to interleave
+INLINE_BYTES = 1 << 18  # encoded on the event loop; larger answers are encoded in a thread
+
+
+def frames_of(
+    answer: Answer, fingerprint: str, request_id: str, *, max_rows_bytes: int | None
+) -> Iterator[pb.ScoreFrame]:
+    """The frames of one answer: one where `max_rows_bytes` is None."""
+    result, job = answer.result, answer.job
+    if isinstance(result, TeacherError):
+        result.request_id = request_id
+        yield wire.encode_error(answer.completion_id, result, fingerprint)
+        return
+    if job is None:
+        raise InternalError("scores without the job they answer")
+    key = wire.seal_key(job.token_ids, job.positions, job.candidates, job.options, fingerprint)
+    yield from wire.encode_scores(
+        result, options=job.options, candidates=job.candidates, key=key, max_rows_bytes=max_rows_bytes
+    )
+
+
+def response_of(answers: list[Answer], fingerprint: str, request_id: str) -> pb.ScoreResponse:
+    """All answers in one message, one frame each, in the order asked."""
+    frames = [frame for a in answers for frame in frames_of(a, fingerprint, request_id, max_rows_bytes=None)]
+    return pb.ScoreResponse(fingerprint=fingerprint, request_id=request_id, frames=frames)
+
+
+def is_small(answers: list[Answer]) -> bool:
+    """Whether encoding `answers` takes so little time that the event loop may do it."""
+    total = 0
+    for answer in answers:
+        result = answer.result
+        if isinstance(result, TeacherError):
+            continue
+        for array in (result.topk_logprob, result.topk_ids, result.hidden, result.candidate_logprob):
+            total += 0 if array is None else array.nbytes
+        total += 16 * result.num_rows
+    return total <= INLINE_BYTES

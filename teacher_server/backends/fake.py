@@ -1,0 +1,129 @@
+"""A backend without a model: a deterministic, context-dependent distribution made from a hash of the preceding
+tokens, with faults on demand. Tests of everything above the backend use it; its numbers honour every option but
+`hidden`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from teacher_api.errors import TeacherError
+from teacher_api.types import Scores
+from teacher_server.backends.base import FEATURES, BatchPolicy, ModelFacts, ScoreJob, ScoringBackend
+from teacher_server.backends.exact_rows import F64, score_rows
+
+U64 = npt.NDArray[np.uint64]
+SPREAD = 10.0  # logits are uniform in [0, SPREAD): far from flat, and no column vanishes
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # constants of SplitMix64 (Steele, Lea and Flood 2014)
+_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong on purpose; a token of -1 switches that fault off."""
+
+    latency_s: float = 0.0  # of every batch
+    poison_token: int = -1  # the whole batch raises
+    nan_token: int = -1  # the sequence's first row is NaN
+    short_token: int = -1  # the sequence loses its last row
+    hang_token: int = -1  # the batch never returns
+
+
+def mix(x: U64) -> U64:
+    """SplitMix64's finaliser: a bijection of 64 bits that looks random."""
+    x = (x ^ (x >> np.uint64(30))) * _MIX1
+    x = (x ^ (x >> np.uint64(27))) * _MIX2
+    return x ^ (x >> np.uint64(31))
+
+
+def noise_logits(token_ids: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], width: int) -> F64:
+    """Logits [n, width], float64 in [0, SPREAD): row n is a function of token_ids[: positions[n]] alone."""
+    with np.errstate(over="ignore"):
+        order = np.arange(len(token_ids), dtype=np.uint64) * _GOLDEN
+        prefix = np.concatenate([[np.uint64(0)], np.cumsum(mix(mix(order) + token_ids.astype(np.uint64) + _GOLDEN))])
+        column = mix((np.arange(width, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
+        bits = mix(mix(prefix[positions])[:, None] + column[None, :])
+    return (bits >> np.uint64(11)).astype(np.float64) * (SPREAD / 2**53)
+
+
+class FakeBackend(ScoringBackend):
+    name = "fake"
+    features = frozenset(FEATURES) - {"hidden"} | {"exact_tail"}
+
+    def __init__(
+        self,
+        model: str = "fake",
+        *,
+        vocabulary: int = 512,
+        padding_columns: int = 8,
+        max_sequence_tokens: int = 0,
+        batch_tokens: int = 8192,
+        batch_sequences: int = 64,
+        faults: Faults | None = None,
+    ) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.padding_columns = padding_columns
+        self.max_sequence_tokens = max_sequence_tokens or 32768
+        self.faults = faults or Faults()
+        self.scored_ids: list[str] = []  # of every job that reached this backend, newest last
+        self._policy = BatchPolicy(batch_tokens, batch_sequences)
+
+    @property
+    def policy(self) -> BatchPolicy:
+        return self._policy
+
+    def load(self) -> ModelFacts:
+        digest, parts = "fake", {"fake": "fake"}
+        if (Path(self.model) / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer
+
+            from teacher_api.info import tokenizer_fingerprint
+
+            tokenizer = AutoTokenizer.from_pretrained(self.model, local_files_only=True)
+            self.vocabulary = len(tokenizer)
+            digest, parts = tokenizer_fingerprint(tokenizer)
+        elif Path(self.model).is_absolute():
+            raise ValueError(f"model {self.model!r} has no tokenizer.json; expected a checkpoint directory or a name")
+        width = self.vocabulary + self.padding_columns
+        return ModelFacts(
+            model_name=self.model.rstrip("/").rsplit("/", 1)[-1],
+            tokenizer_size=self.vocabulary,
+            logit_width=width,
+            hidden_size=0,
+            max_sequence_tokens=self.max_sequence_tokens,
+            weights_digest=hashlib.blake2b(f"fake {width}".encode(), digest_size=16).hexdigest(),
+            tokenizer_fingerprint=digest,
+            tokenizer_parts=parts,
+            dtype="float64",
+            head_dtype="float64",
+            engine="fake",
+            engine_version="1",
+            scoring_path="hash of the preceding tokens",
+        )
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
+        faults = self.faults
+        self.scored_ids.extend(job.id for job in jobs)
+        if faults.latency_s:
+            await asyncio.sleep(faults.latency_s)
+        if any(faults.poison_token in job.token_ids for job in jobs):
+            raise RuntimeError("injected: this batch holds the poison token")
+        if any(faults.hang_token in job.token_ids for job in jobs):
+            await asyncio.Event().wait()
+        return [await asyncio.to_thread(self._one, job) for job in jobs]
+
+    def _one(self, job: ScoreJob) -> Scores:
+        width = self.vocabulary + self.padding_columns
+        scores = score_rows(job, lambda rows: noise_logits(job.token_ids, rows, width), width, self.vocabulary)
+        if self.faults.nan_token in job.token_ids:
+            scores.token_logprob[0] = np.nan
+        if self.faults.short_token in job.token_ids:
+            scores = replace(scores, token_logprob=scores.token_logprob[:-1])
+        return scores

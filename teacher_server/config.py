@@ -1,0 +1,136 @@
+"""The server's one configuration section: every field is a flag, a TEACHER_ environment variable and a YAML key.
+Defaults live here and nowhere else; checks that need a loaded model are made in service.py."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from teacher_api.settings import Section
+
+MIB = 1 << 20
+
+
+class ServerConfig(Section):
+    # --- what is served -------------------------------------------------------------------------------------------
+    model: str = Field(min_length=1)
+    """Directory of a Hugging Face checkpoint, or a hub id. The fake backend also takes any name."""
+    revision: str = ""
+    """Branch, tag or commit of a hub model; empty: its default."""
+    backend: Literal["torch", "vllm", "fake"] = "torch"
+    """Engine that scores. `fake` invents a deterministic distribution, for tests."""
+    control: Literal["none", "shuffle", "random"] = "none"
+    """Scientific control: the model's scores permuted over the vocabulary, or replaced by noise. Part of the
+    fingerprint, so that no run takes such a teacher for the real one."""
+    model_name: str = ""
+    """Name shown to clients; empty: the last part of `model`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the model; auto: as the checkpoint says, float32 on a CPU."""
+    device: str = "auto"
+    """Torch device; auto: a GPU where one is visible."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """CPU threads of the model's arithmetic; 0: the library's choice."""
+    reference: bool = False
+    """One sequence per forward on one thread count: slower, and bit-identical whatever else is being scored."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Engine arguments handed to vLLM as they are, such as tensor_parallel_size."""
+
+    # --- limits, each refused by name when exceeded ---------------------------------------------------------------
+    max_sequence_tokens: int = Field(default=0, ge=0)
+    """Longest sequence, prompt included; 0: what the model was made for."""
+    max_top_k: int = Field(default=256, ge=0)
+    """Largest top-k; never more than the tokenizer's size."""
+    max_candidates: int = Field(default=1024, ge=0)
+    """Most candidate ids of one row."""
+    max_completions: int = Field(default=512, ge=1, le=65536)
+    """Most completions in one request."""
+    max_request_bytes: int = Field(default=64 * MIB, ge=1024, le=1024 * MIB)
+    """Largest request body or gRPC message."""
+    max_response_bytes: int = Field(default=256 * MIB, ge=1024, le=1024 * MIB)
+    """Largest answer of the unary call; larger ones go over the stream."""
+    max_completion_bytes: int = Field(default=2048 * MIB, ge=1024)
+    """Largest answer to one completion over the stream: the server holds one such in memory per sequence in work."""
+    queue_tokens: int = Field(default=2_000_000, ge=1)
+    """Tokens accepted and not yet answered; beyond it callers get `overloaded` with a time to come back."""
+    queue_bytes: int = Field(default=4096 * MIB, ge=1024)
+    """Bytes of answers accepted and not yet delivered, by the same rule."""
+    stream_sequences: int = Field(default=64, ge=1, le=65536)
+    """Sequences of one stream in work at a time; the next message is read when there is room."""
+    default_timeout_s: float = Field(default=600.0, gt=0, le=86400)
+    """Deadline of a call whose caller names none."""
+    body_idle_s: float = Field(default=10.0, gt=0, le=3600)
+    """A request body that sends nothing for this long is given up."""
+
+    # --- batches --------------------------------------------------------------------------------------------------
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Padded tokens of one forward: number of sequences times the longest."""
+    batch_sequences: int = Field(default=64, ge=1, le=4096)
+    """Most sequences of one forward."""
+    head_chunk_rows: int = Field(default=0, ge=0)
+    """Rows that go through the output head at a time; 0: chosen from the vocabulary, about 32 MiB."""
+
+    # --- where it listens, and who may call -----------------------------------------------------------------------
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless said otherwise."""
+    http_port: int = Field(default=8300, ge=0, le=65535)
+    """Port of HTTP; 0: a free one, printed when ready."""
+    grpc_port: int = Field(default=8301, ge=0, le=65535)
+    """Port of gRPC; 0: a free one, printed when ready."""
+    api_keys: tuple[SecretStr, ...] = ()
+    """Keys of which a caller must send one as `authorization: Bearer …`; none: everybody may call. Better given as
+    TEACHER_API_KEYS or in a file than on the command line, where other users of the machine can read them."""
+    announce_file: str = ""
+    """File that gets the ready line as JSON, for a parent that starts this server on free ports."""
+
+    # --- life -----------------------------------------------------------------------------------------------------
+    lame_duck_s: float = Field(default=2.0, ge=0, le=3600)
+    """After SIGTERM: still serving while the probes already say no, so that load balancers look away."""
+    grace_s: float = Field(default=30.0, ge=0, le=3600)
+    """Then: time for the calls in flight to end before they are cut."""
+    stall_s: float = Field(default=300.0, gt=0, le=86400)
+    """/livez fails when work waits and no forward has finished for this long."""
+    high_water: float = Field(default=0.9, gt=0, le=1)
+    """/readyz says no while more than this share of `queue_tokens` is taken."""
+    log_format: Literal["auto", "console", "json"] = "auto"
+    """Form of the log on stderr; auto: console on a terminal, JSON elsewhere."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe line to be logged."""
+
+    # --- the fake backend -----------------------------------------------------------------------------------------
+    fake_vocabulary: int = Field(default=512, ge=2, le=1 << 20)
+    """Tokenizer size of the fake model when `model` is not a directory with a tokenizer."""
+    fake_latency_s: float = Field(default=0.0, ge=0, le=3600)
+    """Time each fake batch takes."""
+    fake_poison_token: int = Field(default=-1, ge=-1)
+    """A sequence with this id makes its whole batch fail; -1: none. The same for the others."""
+    fake_nan_token: int = Field(default=-1, ge=-1)
+    """A sequence with this id is answered with NaN."""
+    fake_short_token: int = Field(default=-1, ge=-1)
+    """A sequence with this id is answered with one row too few."""
+    fake_hang_token: int = Field(default=-1, ge=-1)
+    """A sequence with this id is never answered."""
+
+    @field_validator("api_keys")
+    @classmethod
+    def _long_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(key.get_secret_value()) < 8 for key in keys):
+            raise ValueError("an API key has fewer than 8 characters")
+        return keys
+
+    @model_validator(mode="after")
+    def _fits(self) -> ServerConfig:
+        if self.max_sequence_tokens > self.queue_tokens:
+            raise ValueError(
+                f"max_sequence_tokens {self.max_sequence_tokens} exceeds queue_tokens {self.queue_tokens}: "
+                "such a sequence could never be accepted"
+            )
+        if self.reference and self.backend == "vllm":
+            raise ValueError("reference needs backend torch: vLLM's results depend on what else is being scored")
+        if self.vllm and self.backend != "vllm":
+            raise ValueError(f"vllm engine arguments were given, but the backend is {self.backend}")
+        return self
+
+    @property
+    def display_name(self) -> str:
+        return self.model_name or self.model.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,207 @@
+"""The service over gRPC: the contract's three methods, standard health and reflection, errors as google.rpc.Status.
+Maps messages and nothing else; rules live in service.py.
+
+Requests arrive as bytes and are parsed here, so that a damaged message is the caller's error and not an internal one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from teacher_api import info as info_api
+from teacher_api import wire
+from teacher_api.errors import InternalError, InvalidRequest, TeacherError, TooLarge
+from teacher_api.v1 import teacher_pb2 as pb
+from teacher_server.answers import FRAME_BYTES, frames_of, is_small, response_of
+from teacher_server.auth import KeyRing
+from teacher_server.lifecycle import Lifecycle
+from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
+from teacher_server.service import TeacherService
+from teacher_server.stream import StreamSession
+
+log = structlog.get_logger("teacher_server.grpc")
+SERVICE: str = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
+DOMAIN = "teacher.v1"  # of the ErrorInfo that carries our error kinds
+STATUS_KEY = "grpc-status-details-bin"
+OVERSIZE_ROOM_BYTES = 1 << 20  # gRPC's own limit lies this far above twice ours, so that a refusal is ours
+
+
+class GrpcServer:
+    """`await start()`, then `port`; `await stop(grace_s)`."""
+
+    def __init__(self, service: TeacherService, lifecycle: Lifecycle, keys: KeyRing) -> None:
+        limit = 2 * service.config.max_request_bytes + OVERSIZE_ROOM_BYTES
+        self._server = grpc.aio.server(
+            interceptors=[_KeyCheck(keys)],
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", -1),  # bounded by max_response_bytes, before anything is scored
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        self._health = health.aio.HealthServicer()
+        self._lifecycle = lifecycle
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server.add_generic_rpc_handlers((_handlers(service),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.port = 0
+
+    async def start(self, host: str, port: int) -> None:
+        """Raises ValueError when the port can't be had."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise ValueError(f"cannot listen for gRPC on {address}: the address is in use or not ours") from None
+        await self._publish()
+        self._lifecycle.on_change(self._publish_soon)
+        await self._server.start()
+
+    def _publish_soon(self) -> None:
+        task = asyncio.ensure_future(self._publish())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _publish(self) -> None:
+        states = health_pb2.HealthCheckResponse
+        state = states.SERVING if self._lifecycle.phase == "ready" else states.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, state)
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+
+
+def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
+    async def get_info(request: bytes, context: Any) -> Any:
+        async def work(request_id: str) -> bytes:
+            return info_api.to_proto(service.info).SerializeToString()
+
+        return await _answered(context, work)
+
+    async def score(request: bytes, context: Any) -> Any:
+        return await _answered(context, lambda request_id: _score(service, request, request_id, context))
+
+    async def score_stream(requests: AsyncIterator[bytes], context: Any) -> None:
+        await _answered(context, lambda request_id: _score_stream(service, requests, request_id, context))
+
+    methods = {
+        "GetInfo": grpc.unary_unary_rpc_method_handler(get_info),
+        "Score": grpc.unary_unary_rpc_method_handler(score),
+        "ScoreStream": grpc.stream_stream_rpc_method_handler(score_stream),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+async def _score(service: TeacherService, data: bytes, request_id: str, context: Any) -> bytes:
+    fingerprint = service.open_info().fingerprint
+    decoded = _decoded(data, service)
+    async with service.scored(decoded, transport_s=context.time_remaining()) as answers:
+        if is_small(answers):
+            return response_of(answers, fingerprint, request_id).SerializeToString()
+        return await asyncio.to_thread(lambda: response_of(answers, fingerprint, request_id).SerializeToString())
+
+
+async def _score_stream(service: TeacherService, requests: AsyncIterator[bytes], request_id: str, context: Any) -> None:
+    fingerprint = service.open_info().fingerprint
+
+    async def decoded() -> AsyncIterator[wire.DecodedRequest]:
+        async for data in requests:
+            yield _decoded(data, service)
+
+    session = StreamSession(service, decoded(), context.time_remaining())
+    async with session, contextlib.aclosing(session.answers()) as answers:
+        async for answer in answers:
+            for frame in frames_of(answer, fingerprint, request_id, max_rows_bytes=FRAME_BYTES):
+                await context.write(frame.SerializeToString())
+
+
+def _decoded(data: bytes, service: TeacherService) -> wire.DecodedRequest:
+    limit = service.config.max_request_bytes
+    if len(data) > limit:
+        raise TooLarge(f"the message has {len(data)} bytes; this server takes {limit}")
+    try:
+        message = pb.ScoreRequest.FromString(data)
+    except DecodeError:
+        raise InvalidRequest("the message is not a teacher.v1.ScoreRequest") from None
+    return wire.decode_request(message)
+
+
+async def _answered(context: Any, work: Callable[[str], Awaitable[Any]]) -> Any:
+    """Runs `work` under the call's request id and turns what it raises into a status."""
+    metadata = dict(context.invocation_metadata() or ())
+    request_id = request_id_of(None)
+    try:
+        request_id = request_id_of(metadata.get(REQUEST_ID_HEADER))
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
+            return await work(request_id)
+    except TeacherError as error:
+        log.info("refused", kind=error.kind, field=error.field, request_id=request_id)
+        await _abort(context, error, request_id)
+    except (grpc.RpcError, grpc.aio.AbortError):
+        raise
+    except Exception as error:  # the process boundary: a bug must not show its insides
+        log.error("internal_error", request_id=request_id, exc_info=error)
+        await _abort(context, InternalError("a bug; the server's log has it"), request_id)
+
+
+async def _abort(context: Any, error: TeacherError, request_id: str) -> NoReturn:
+    code = grpc.StatusCode[error.grpc_code]
+    trailers = ((STATUS_KEY, _status(error, code, request_id)), (REQUEST_ID_HEADER, request_id))
+    await context.abort(code, error.message, trailing_metadata=trailers)
+    raise AssertionError("abort returned")
+
+
+def _status(error: TeacherError, code: Any, request_id: str) -> bytes:
+    info = error_details_pb2.ErrorInfo(reason=error.kind, domain=DOMAIN, metadata={"request_id": request_id})
+    if error.field:
+        info.metadata["field"] = error.field
+    details: list[Any] = [info]
+    if error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(retry)
+    status = status_pb2.Status(code=code.value[0], message=error.message)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    data: bytes = status.SerializeToString()
+    return data
+
+
+class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+    """Refuses every method without a key, but health: probes have none."""
+
+    def __init__(self, keys: KeyRing) -> None:
+        self._keys = keys
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            return handler
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        try:
+            self._keys.check(metadata.get("authorization"))
+        except TeacherError as error:
+            refused = error
+
+            async def refuse(_: Any, context: Any) -> None:
+                await _abort(context, refused, request_id_of(None))
+
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return handler

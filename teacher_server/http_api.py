@@ -1,0 +1,219 @@
+"""The service over HTTP: protobuf for programs, JSON for people, problem+json for errors. Maps messages and nothing
+else; rules live in service.py.
+
+A client that goes away cancels its queued work; a body is bounded while it is read and given up when it stalls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi_offline import FastAPIOffline
+from google.protobuf.message import DecodeError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from teacher_api import info as info_api
+from teacher_api import wire
+from teacher_api.errors import Cancelled, InternalError, InvalidRequest, NotFound, TeacherError, TooLarge, Unsupported
+from teacher_api.v1 import teacher_pb2 as pb
+from teacher_server import json_models
+from teacher_server.answers import FRAME_BYTES, frames_of, is_small, response_of
+from teacher_server.auth import KeyRing
+from teacher_server.openapi import describe
+from teacher_server.problem import REQUEST_ID_HEADER, problem, request_id_of
+from teacher_server.service import TeacherService
+from teacher_server.stream import StreamSession
+from teacher_server.validation import decoded_of, jobs_of
+
+log = structlog.get_logger("teacher_server.http")
+PROTOBUF = "application/x-protobuf"
+JSON = "application/json"
+T = TypeVar("T")
+
+
+def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
+    """The ASGI application: every route needs a key where keys are set. The probes are not here but in front.py."""
+    app: FastAPI = FastAPIOffline(title="Preceptor teacher", version="1", redoc_url=None)
+    app.add_exception_handler(TeacherError, _teacher_error)
+    app.add_exception_handler(HTTPException, _http_exception)
+    _add_routes(app, service)
+    describe(app)
+    return _Envelope(app, keys)
+
+
+def _add_routes(app: FastAPI, service: TeacherService) -> None:
+    @app.post("/v1/score", response_model=json_models.JsonScoreResponse, summary="Score a handful of sequences")
+    async def score(request: Request) -> Response:
+        body = await _body(request, service)
+        kind = _content_type(request)
+        decoded = _decoded(body) if kind == PROTOBUF else decoded_of(json_models.request_from_json(body))
+        return await _unless_gone(request, _scored(service, decoded, _id(request), kind))
+
+    @app.post("/v1/score/stream", summary="The same as length-delimited protobuf frames, for large answers")
+    async def score_stream(request: Request) -> Response:
+        body = await _body(request, service)
+        if _content_type(request) != PROTOBUF:
+            raise Unsupported(f"the stream takes {PROTOBUF} only; expected that content type", field="content-type")
+        decoded = _decoded(body)
+        jobs_of(decoded, service.open_info())  # what is wrong with the whole request is a status, not a frame
+        return StreamingResponse(_frames(service, decoded, _id(request)), media_type="application/octet-stream")
+
+    @app.get("/v1/info", summary="Model, tokenizer, limits and features")
+    async def info(request: Request) -> Response:
+        message = info_api.to_proto(service.info)
+        if PROTOBUF in request.headers.get("accept", ""):
+            return Response(message.SerializeToString(), media_type=PROTOBUF)
+        return Response(info_api.to_json(service.info), media_type=JSON)
+
+
+async def _scored(service: TeacherService, decoded: wire.DecodedRequest, request_id: str, kind: str) -> Response:
+    fingerprint = service.open_info().fingerprint
+    async with service.scored(decoded) as answers:
+        if kind == JSON:
+            return Response(json_models.response_to_json(answers, fingerprint, request_id), media_type=JSON)
+        if is_small(answers):
+            content = response_of(answers, fingerprint, request_id).SerializeToString()
+        else:
+            content = await asyncio.to_thread(lambda: response_of(answers, fingerprint, request_id).SerializeToString())
+        return Response(content, media_type=PROTOBUF)
+
+
+async def _frames(service: TeacherService, decoded: wire.DecodedRequest, request_id: str) -> AsyncIterator[bytes]:
+    async def once() -> AsyncIterator[wire.DecodedRequest]:
+        yield decoded
+
+    fingerprint = service.info.fingerprint
+    async with StreamSession(service, once(), None) as session, contextlib.aclosing(session.answers()) as answers:
+        async for answer in answers:
+            for frame in frames_of(answer, fingerprint, request_id, max_rows_bytes=FRAME_BYTES):
+                data = frame.SerializeToString()
+                yield struct.pack("<I", len(data)) + data
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits `work`, and cancels it when the client closes the connection: uvicorn does not."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("the client went away")
+        return await task
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request, service: TeacherService) -> bytes:
+    limit, idle_s = service.config.max_request_bytes, service.config.body_idle_s
+    declared = request.headers.get("content-length", "")
+    too_large = TooLarge(f"the body is larger than the {limit} bytes that this server takes", field="content-length")
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(idle_s):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise InvalidRequest(f"the body stopped for {idle_s:g} s before its end") from None
+        if chunk is None:
+            return b"".join(chunks)
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        chunks.append(chunk)
+
+
+def _decoded(body: bytes) -> wire.DecodedRequest:
+    try:
+        message = pb.ScoreRequest.FromString(body)
+    except DecodeError:
+        raise InvalidRequest("the body is not a teacher.v1.ScoreRequest; expected its protobuf encoding") from None
+    return wire.decode_request(message)
+
+
+def _content_type(request: Request) -> str:
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind not in (PROTOBUF, JSON):
+        raise InvalidRequest(f"expected {PROTOBUF} or {JSON}", field="content-type")
+    return kind
+
+
+def _id(request: Request) -> str:
+    return str(request.scope["request_id"])
+
+
+async def _teacher_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TeacherError), "registered for TeacherError"
+    status, headers, body = problem(error, _id(request))
+    log.info("refused", kind=error.kind, field=error.field, status=status)
+    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), "registered for HTTPException"
+    if error.status_code == 404:
+        return await _teacher_error(request, NotFound("no such path; /docs lists them"))
+    refusal = InvalidRequest(str(error.detail))
+    response = await _teacher_error(request, refusal)
+    response.status_code = error.status_code
+    return response
+
+
+class _Envelope:
+    """Around every request: its id in and out, the key, one log line, and the boundary at which a bug becomes a 500."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+        async def with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                have = {name.lower() for name, _ in message["headers"]}
+                if REQUEST_ID_HEADER.encode() not in have:
+                    message["headers"] = [*message["headers"], (REQUEST_ID_HEADER.encode(), request_id.encode())]
+            await send(message)
+
+        request_id = request_id_of(None)
+        try:
+            request_id = request_id_of(headers.get(REQUEST_ID_HEADER))
+            scope["request_id"] = request_id
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                self._keys.check(headers.get("authorization"))
+                await self._app(scope, receive, with_id)
+        except TeacherError as error:
+            await _send_problem(error, request_id, with_id)
+        except Exception as error:  # the process boundary: a bug must not take the server, nor show its insides
+            log.error("internal_error", request_id=request_id, path=scope["path"], exc_info=error)
+            if started:
+                raise
+            await _send_problem(InternalError("a bug; the server's log has it"), request_id, with_id)
+
+
+async def _send_problem(error: TeacherError, request_id: str, send: Send) -> None:
+    status, headers, body = problem(error, request_id)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

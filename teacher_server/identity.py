@@ -1,0 +1,53 @@
+"""Who this server is: what the backend says of its model, completed with the limits of this configuration."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from teacher_api.info import teacher_fingerprint
+from teacher_api.types import TeacherInfo
+from teacher_server.backends.base import ModelFacts
+from teacher_server.config import ServerConfig
+
+
+def teacher_info(config: ServerConfig, features: frozenset[str], facts: ModelFacts) -> TeacherInfo:
+    return TeacherInfo(
+        fingerprint=teacher_fingerprint(
+            weights_digest=facts.weights_digest,
+            dtype=facts.dtype,
+            quantisation=facts.quantisation,
+            head_dtype=facts.head_dtype,
+            scoring_path=facts.scoring_path,
+            engine=facts.engine,
+            engine_version=facts.engine_version,
+        ),
+        model_name=config.model_name or facts.model_name,
+        tokenizer_fingerprint=facts.tokenizer_fingerprint,
+        tokenizer_size=facts.tokenizer_size,
+        logit_width=facts.logit_width,
+        max_sequence_tokens=facts.max_sequence_tokens,
+        max_top_k=min(config.max_top_k, facts.tokenizer_size),
+        max_candidates=config.max_candidates,
+        max_completions=config.max_completions,
+        max_request_bytes=config.max_request_bytes,
+        max_response_bytes=config.max_response_bytes,
+        features=tuple(sorted(features)),
+        server_version=server_version(),
+        model_revision=facts.model_revision,
+        weights_digest=facts.weights_digest,
+        tokenizer_parts=facts.tokenizer_parts,
+        dtype=facts.dtype,
+        quantisation=facts.quantisation,
+        head_dtype=facts.head_dtype,
+        engine=facts.engine,
+        engine_version=facts.engine_version,
+        scoring_path=facts.scoring_path,
+        hidden_size=facts.hidden_size,
+    )
+
+
+def server_version() -> str:
+    try:
+        return version("preceptor")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0"

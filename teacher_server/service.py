@@ -1,0 +1,187 @@
+"""The transport-free core: validate -> admit -> schedule -> check the output. Both transports call it and nothing
+else; it knows neither bytes nor sockets.
+
+Invariants: what was admitted is given back when its answer has left or its caller has gone; a failing sequence is its
+own answer, never its neighbours'; nothing unchecked leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from teacher_api.errors import DeadlineExceeded, TeacherError, TooLarge, Unavailable
+from teacher_api.types import ScoreOptions, ScoreRequest, Scores, TeacherInfo
+from teacher_api.wire import DecodedRequest
+from teacher_server.admission import Admission, Cost
+from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
+from teacher_server.config import ServerConfig
+from teacher_server.identity import teacher_info
+from teacher_server.lifecycle import Lifecycle
+from teacher_server.output_check import checked
+from teacher_server.scheduler import Scheduler
+from teacher_server.validation import answer_bytes, jobs_of
+
+RETRY_WHILE_STARTING_S = 1.0
+SELF_CHECK_TOKENS = 8
+SELF_CHECK_TIMEOUT_S = 120.0
+SELF_CHECK_NATS = 1e-3  # how far the log of a row's whole mass may be from 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Of one completion. `job` is what was scored; None where the request for it was refused."""
+
+    completion_id: str
+    result: Scores | TeacherError
+    job: ScoreJob | None
+
+
+class TeacherService:
+    def __init__(self, config: ServerConfig, lifecycle: Lifecycle) -> None:
+        self.config = config
+        self.lifecycle = lifecycle
+        self._info: TeacherInfo | None = None
+        self._scheduler: Scheduler | None = None
+        self.admission = Admission(config.queue_tokens, config.queue_bytes, self._tokens_per_s)
+        lifecycle.watch_work(self._idle_s, lambda: self.admission.share)
+
+    def _tokens_per_s(self) -> float:
+        return self._scheduler.tokens_per_s if self._scheduler else 0.0
+
+    def _idle_s(self) -> float:
+        return self._scheduler.idle_s if self._scheduler else 0.0
+
+    async def serve(self, backend: ScoringBackend, facts: ModelFacts) -> None:
+        """Runs the scheduler until cancelled; ready once the self-check has passed.
+
+        Raises:
+            ValueError: the model can't be served with these settings, or fails its self-check.
+        """
+        info = teacher_info(self.config, backend.features, facts)
+        if info.max_sequence_tokens > self.config.queue_tokens:
+            raise ValueError(
+                f"queue_tokens {self.config.queue_tokens} is below the model's longest sequence of "
+                f"{info.max_sequence_tokens} tokens; raise queue_tokens or lower max_sequence_tokens"
+            )
+        self._scheduler = scheduler = Scheduler(backend)
+        running = asyncio.create_task(scheduler.run())
+        try:
+            await self_check(scheduler, info)
+            self._info = info
+            self.lifecycle.become_ready()
+            await running
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    @property
+    def info(self) -> TeacherInfo:
+        """Who is here. Raises Unavailable while the model loads."""
+        if self._info is None:
+            raise Unavailable("the model is still loading; /readyz says when", retry_after_s=RETRY_WHILE_STARTING_S)
+        return self._info
+
+    def open_info(self) -> TeacherInfo:
+        """As `info`, for new work. Raises Unavailable when the server no longer takes any."""
+        if self.lifecycle.closed.is_set():
+            raise Unavailable("the server is shutting down; try another, or this one again after its restart")
+        return self.info
+
+    def deadline(self, request: ScoreRequest, transport_s: float | None) -> float:
+        """Event-loop time at which the nearest of the request's, the transport's and the server's limits is over."""
+        limits = [self.config.default_timeout_s] if request.timeout_s is None else [request.timeout_s]
+        if transport_s is not None:
+            limits.append(transport_s)
+        return asyncio.get_running_loop().time() + min(limits)
+
+    @contextlib.asynccontextmanager
+    async def scored(self, decoded: DecodedRequest, *, transport_s: float | None = None) -> AsyncIterator[list[Answer]]:
+        """Scores one request whole: one answer per completion, in order. Its budget is held until the block ends.
+
+        Raises:
+            TeacherError: nothing of the request was scored: it is wrong as a whole, none of its completions is
+                acceptable (the first one's error), the answer would be too large for one message, the server is
+                full or not ready, or the deadline passed.
+        """
+        info = self.open_info()
+        jobs = jobs_of(decoded, info)
+        good = [job for job in jobs if isinstance(job, ScoreJob)]
+        if not good:
+            raise next(job for job in jobs if isinstance(job, TeacherError))
+        sizes = [answer_bytes(job, info) for job in good]
+        if sum(sizes) > info.max_response_bytes:
+            raise TooLarge(
+                f"the answer would take about {sum(sizes)} bytes; this call gives at most {info.max_response_bytes}: "
+                "use the stream, or send fewer completions",
+                field="completions",
+            )
+        deadline = self.deadline(decoded.request, transport_s)
+        cost = Cost(sum(job.num_tokens for job in good), sum(sizes))
+        self.admission.take(cost)
+        try:
+            results = await self._run(good, deadline)
+            by_id = dict(zip((job.id for job in good), results, strict=True))
+            yield [
+                Answer(name, by_id[name], job) if isinstance(job, ScoreJob) else Answer(name, job, None)
+                for name, job in zip(decoded.ids, jobs, strict=True)
+            ]
+        finally:
+            self.admission.give(cost)
+
+    async def _run(self, jobs: Sequence[ScoreJob], deadline: float) -> list[Scores | TeacherError]:
+        assert self._scheduler is not None, "ready without a scheduler"
+        futures = [self._scheduler.submit(job, deadline) for job in jobs]
+        try:
+            results = [await future for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+        late = next((result for result in results if isinstance(result, DeadlineExceeded)), None)
+        if late is not None:
+            raise late
+        return [self._checked(job, result) for job, result in zip(jobs, results, strict=True)]
+
+    async def run_one(self, job: ScoreJob, deadline: float) -> Scores | TeacherError:
+        """Scores one admitted job; for the stream. Cancelling the call takes it out of the queue."""
+        assert self._scheduler is not None, "ready without a scheduler"
+        return self._checked(job, await self._scheduler.submit(job, deadline))
+
+    def _checked(self, job: ScoreJob, result: Scores | TeacherError) -> Scores | TeacherError:
+        answer = checked(job, result, self.info.tokenizer_size)
+        return answer if isinstance(answer, TeacherError) else replace(answer, fingerprint=self.info.fingerprint)
+
+
+async def self_check(scheduler: Scheduler, info: TeacherInfo) -> None:
+    """One short sequence through the whole path: is the output well-formed, and is each row's mass one?
+
+    Raises:
+        ValueError: it isn't.
+    """
+    num_tokens = min(SELF_CHECK_TOKENS, info.max_sequence_tokens)
+    job = ScoreJob(
+        id="self-check",
+        token_ids=(np.arange(num_tokens) % info.tokenizer_size).astype(np.int32),
+        prompt_tokens=1,
+        positions=np.arange(1, num_tokens, dtype=np.int32),
+        options=ScoreOptions(top_k=min(4, info.max_top_k) if "top_k" in info.features else 0),
+    )
+    deadline = asyncio.get_running_loop().time() + SELF_CHECK_TIMEOUT_S
+    scores = checked(job, await scheduler.submit(job, deadline), info.tokenizer_size)
+    if isinstance(scores, TeacherError):
+        raise ValueError(f"the self-check failed: {scores}")
+    if "exact_tail" not in info.features:
+        return
+    parts = [scores.log_tail[:, None].astype(np.float64)]
+    alone = np.ones(scores.num_rows, dtype=bool)
+    if scores.topk_ids is not None and scores.topk_logprob is not None:
+        parts.append(scores.topk_logprob.astype(np.float64))
+        alone = ~(scores.topk_ids == job.token_ids[job.positions][:, None]).any(axis=1)
+    parts.append(np.where(alone, scores.token_logprob, -np.inf)[:, None])
+    mass_N = np.logaddexp.reduce(np.concatenate(parts, axis=1), axis=1)
+    if np.abs(mass_N).max() > SELF_CHECK_NATS:
+        raise ValueError(f"the self-check failed: the mass of a row is off by {np.abs(mass_N).max():.2g} nats")

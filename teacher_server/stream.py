@@ -1,0 +1,173 @@
+"""One stream of requests and its answers, transport-free: reads a message only when there is room, answers sequences
+as they finish, and holds a bounded number of them whatever the client sends or fails to read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from teacher_api.errors import DeadlineExceeded, InvalidRequest, TeacherError, TooLarge
+from teacher_api.types import Scores
+from teacher_api.wire import DecodedRequest
+from teacher_server.admission import Cost
+from teacher_server.backends.base import ScoreJob
+from teacher_server.service import Answer, TeacherService
+from teacher_server.validation import answer_bytes, jobs_of
+
+MAX_STREAM_COMPLETIONS = 1 << 18  # ids remembered to refuse repeats; a few MiB a stream
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The last thing in the queue of answers: no more requests, or the error that ends the stream."""
+
+    error: Exception | None
+
+
+class StreamSession:
+    """`async with StreamSession(...) as session: async for answer in session.answers(): …`
+
+    An answer's budget is held until the next one is asked for, that is, until the transport has let go of it.
+    """
+
+    def __init__(self, service: TeacherService, requests: AsyncIterator[DecodedRequest], transport_s: float | None):
+        self._service = service
+        self._requests = requests
+        self._transport_s = transport_s
+        self._started = asyncio.get_running_loop().time()
+        self._room = asyncio.Semaphore(service.config.stream_sequences)
+        self._answers: asyncio.Queue[tuple[Answer, Cost | None] | _End] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._seen: set[int] = set()
+        self.in_work = 0  # sequences read and not yet delivered
+        self.most_in_work = 0
+
+    async def __aenter__(self) -> StreamSession:
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        tasks = [self._reader, *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while not self._answers.empty():
+            item = self._answers.get_nowait()
+            if not isinstance(item, _End):
+                self._let_go(item[1])
+
+    async def answers(self) -> AsyncGenerator[Answer, None]:
+        """Answers in the order they finish. Raises the error that ended the reading once all of them are out."""
+        while True:
+            item = await self._answers.get()
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            try:
+                yield item[0]
+            finally:
+                self._let_go(item[1])
+
+    def _let_go(self, cost: Cost | None) -> None:
+        if cost is not None:
+            self._service.admission.give(cost)
+        self.in_work -= 1
+        self._room.release()
+
+    async def _read(self) -> None:
+        error: Exception | None = None
+        try:
+            while (decoded := await self._next_request()) is not None:
+                await self._accept(decoded)
+            await asyncio.gather(*self._tasks)
+        except TeacherError as refused:
+            error = refused
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        except Exception as broken:  # whatever the transport raised: the consumer, not this task, reports it
+            error = broken
+        self._answers.put_nowait(_End(error))
+
+    async def _next_request(self) -> DecodedRequest | None:
+        """The next message once there is room for a sequence, None after the last. Raises Unavailable when the
+        server closes to new work, though the client may be silent."""
+        await self._room.acquire()
+        self._room.release()
+        coming = asyncio.ensure_future(anext(self._requests, None))
+        closing = asyncio.ensure_future(self._service.lifecycle.closed.wait())
+        try:
+            await asyncio.wait({coming, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                self._service.open_info()
+            return await coming
+        finally:
+            coming.cancel()
+            closing.cancel()
+
+    async def _accept(self, decoded: DecodedRequest) -> None:
+        service = self._service
+        info = service.open_info()
+        self._remember(decoded.ids)
+        deadline = service.deadline(decoded.request, self._remaining_s())
+        try:
+            jobs = jobs_of(decoded, info)
+        except TeacherError as refused:  # of this message only: the stream goes on
+            jobs = [refused for _ in decoded.ids]
+        for name, job in zip(decoded.ids, jobs, strict=True):
+            await self._room.acquire()
+            self.in_work += 1
+            self.most_in_work = max(self.most_in_work, self.in_work)
+            if isinstance(job, TeacherError):
+                self._answers.put_nowait((Answer(name, job, None), None))
+                continue
+            await self._start(job, Cost(job.num_tokens, answer_bytes(job, info)), deadline)
+
+    async def _start(self, job: ScoreJob, cost: Cost, deadline: float) -> None:
+        granted = False
+        try:
+            if cost.num_bytes > self._service.config.max_completion_bytes:
+                raise TooLarge(
+                    f"the answer would take about {cost.num_bytes} bytes; expected at most "
+                    f"{self._service.config.max_completion_bytes}: ask for fewer positions or values at a time"
+                )
+            async with asyncio.timeout_at(deadline):
+                await self._service.admission.wait(cost)
+                granted = True
+        except TimeoutError:
+            late = DeadlineExceeded("the deadline passed while the server was full")
+            self._answers.put_nowait((Answer(job.id, late, job), None))
+        except TeacherError as refused:
+            self._answers.put_nowait((Answer(job.id, refused, job), None))
+        except asyncio.CancelledError:
+            self._let_go(None)
+            raise
+        if granted:
+            task = asyncio.create_task(self._work(job, cost, deadline))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _work(self, job: ScoreJob, cost: Cost, deadline: float) -> None:
+        result: Scores | TeacherError
+        try:
+            result = await self._service.run_one(job, deadline)
+        except asyncio.CancelledError:
+            self._let_go(cost)
+            raise
+        self._answers.put_nowait((Answer(job.id, result, job), cost))
+
+    def _remaining_s(self) -> float | None:
+        if self._transport_s is None:
+            return None
+        return max(self._transport_s - (asyncio.get_running_loop().time() - self._started), 0.0)
+
+    def _remember(self, ids: Sequence[str]) -> None:
+        for index, name in enumerate(ids):
+            key = hash(name)
+            if key in self._seen:
+                raise InvalidRequest(
+                    "the id was used before in this stream; expected unique ids", field=f"completions[{index}].id"
+                )
+            self._seen.add(key)
+        if len(self._seen) > MAX_STREAM_COMPLETIONS:
+            raise TooLarge(f"more than {MAX_STREAM_COMPLETIONS} completions in one stream; open a new one")
