@@ -65,12 +65,12 @@ def run(arguments: Sequence[str]) -> int:
         )
     except settings.SettingsError as error:
         return _say(error, UNUSABLE)
-    if extras.print_config:
+    if "print_config" in extras:
         print(settings.dump_yaml(config), end="")
         return 0
-    if extras.accept_new_teacher:
+    if "accept_new_teacher" in extras:
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"accept_new_teacher": True})})
-    return _start(Command(config, tuple(arguments), bool(extras.dry_run)))
+    return _start(Command(config, tuple(arguments), "dry_run" in extras))
 
 
 def _start(command: Command) -> int:
@@ -84,7 +84,8 @@ def _start(command: Command) -> int:
         with _teacher_url(command.config) as url:
             if num_processes > 1:
                 # Later arguments win: the ranks use the teacher that runs already.
-                return launch.run_ranks(num_processes, [*command.arguments, f"teacher.url={url}", "teacher.model="])
+                served = [f"--teacher.url={url}", "--teacher.model="] if command.config.teacher.model else []
+                return launch.run_ranks(num_processes, [*command.arguments, *served])
             return _rank(command, url)
     except ValueError as error:
         return _say(error, UNUSABLE)

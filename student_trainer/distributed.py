@@ -1,5 +1,5 @@
 """Ranks, and the few collectives the loop needs. Rank r of W owns the prompt rows with row % W == r; losses are
-weighted by global counts before the backward pass, so the sum of the ranks' gradients is the gradient of the global batch.
+weighted by global counts before the backward pass: the sum of the ranks' gradients is that of the global batch.
 
 Works alone (world 1, no process group), under our own launcher, torchrun and accelerate launch: all of them set RANK,
 WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.

@@ -192,8 +192,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     try:
         scoring.check_tokenizer(student.tokenizer, teacher)
         warnings = scoring.check_teacher(teacher, needs, options, longest)
-        if prompts.num_dropped:
-            warnings.append(f"{prompts.num_dropped} prompts are longer than data.max_prompt_tokens and left out")
+        warnings += _warnings(config, prompts)
         began_with = str(start.state.get("teacher_fingerprint", ""))
         scoring.check_same_teacher(began_with, teacher, config.teacher.accept_new_teacher)
         optimizer = Optimizer(student.model.named_parameters(), config.optim, config.train.steps)
@@ -246,7 +245,7 @@ def make_sampler(config: TrainConfig, student: Student, changes: dict[str, Any])
 
 
 def _eval_settings(config: TrainConfig) -> dict[str, Any]:
-    changes: dict[str, Any] = {"greedy": True}
+    changes: dict[str, Any] = {"greedy": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     if config.eval.max_new_tokens:
         changes["max_new_tokens"] = config.eval.max_new_tokens
     return changes
@@ -264,6 +263,22 @@ def _eval_prompts(config: TrainConfig, student: Student) -> Sequence[Prompt]:
             f"eval.data: {len(without)} of {len(prompts)} problems have no answer, the first is {without[0]}"
         )
     return prompts
+
+
+def _warnings(config: TrainConfig, prompts: PromptSource) -> list[str]:
+    """What is allowed, but should be known."""
+    found = []
+    if prompts.num_dropped:
+        found.append(f"{prompts.num_dropped} prompts are longer than data.max_prompt_tokens and left out")
+    rollout = config.rollout
+    if rollout.is_truncated:
+        names = [
+            n for n in ("greedy", "top_p", "top_k") if getattr(rollout, n) != type(rollout).model_fields[n].default
+        ]
+        found.append(f"rollout.{', rollout.'.join(names)}: some tokens are never sampled, the estimate is biased")
+    if rollout.temperature != 1.0:
+        found.append(f"rollout.temperature is {rollout.temperature}: samples come from another policy than is trained")
+    return found
 
 
 def _longest_tokens(config: TrainConfig, student: Student, prompts: PromptSource) -> int:

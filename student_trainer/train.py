@@ -1,5 +1,5 @@
 """The algorithm: the student samples, the teacher scores every token of it, the objective turns both into a gradient.
-Everything a step needs stands in `Run`, put together by run.py. A step is a pure function of its number and the weights.
+Everything a step needs stands in `Run`, put together by run.py. A step is a pure function of its number and weights.
 """
 
 from __future__ import annotations

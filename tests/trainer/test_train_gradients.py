@@ -1,0 +1,270 @@
+"""One step's gradient against a plain float64 implementation of the definitions: whole-model logits, log-softmax, sums.
+Micro-batches, chunks, ranks and bad values must not show in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from tinymodels import ARCHITECTURES, save_tiny, tiny_model
+
+from student_trainer import guards
+from student_trainer.config import StudentConfig, TrainConfig
+from student_trainer.distributed import Distributed, join
+from student_trainer.losses import build
+from student_trainer.optim import Optimizer
+from student_trainer.student import load
+from student_trainer.train import accumulate, learn
+from student_trainer.types import Prompt, Rollout, ScoredRollout
+from teacher_api.types import Scores
+
+CPU = torch.device("cpu")
+V, W = 120, 128
+ALONE = Distributed(0, 1, 0, CPU)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("student"), scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[ScoredRollout]:
+    """Seven samples of three prompts, lengths 1 to 9, scored over the whole vocabulary by another model in float64."""
+    generator = np.random.Generator(np.random.Philox(1))
+    teacher = tiny_model(seed=9, scale=2.0).double()
+    student = tiny_model(seed=3, scale=2.0)
+    scored = []
+    for uid, length in enumerate([3, 1, 9, 4, 4, 2, 6]):
+        prompt = Prompt(index=uid // 3, token_ids=np.arange(2 + uid // 3, 7, dtype=np.int32))
+        tokens = generator.integers(2, V, length).astype(np.int32)
+        full = torch.tensor([[*prompt.token_ids, *tokens]]).long()
+        rows = slice(len(prompt.token_ids) - 1, -1)
+        with torch.no_grad():
+            log_p = teacher(full).logits[0, rows].log_softmax(-1)
+            log_q = student(full).logits[0, rows].log_softmax(-1)
+        at = torch.from_numpy(tokens).long()[:, None]
+        scores = Scores(
+            id=str(uid),
+            positions=np.arange(len(prompt.token_ids), full.shape[1], dtype=np.int32),
+            token_logprob=log_p.gather(1, at)[:, 0].float().numpy(),
+            log_tail=log_p[:, V:].logsumexp(1).float().numpy(),
+            topk_logprob=log_p[:, :V].float().numpy(),
+        )
+        own = log_q.gather(1, at)[:, 0].float().numpy()
+        rollout = Rollout(uid, prompt, tokens, "length", behaviour_logprob=own, full_logprob=own)
+        scored.append(ScoredRollout(rollout, scores))
+    return scored
+
+
+def bare_run(checkpoint: Path, dist: Distributed = ALONE, **sections: Any) -> Any:
+    """What `learn` takes of a Run, without teacher, data and directory."""
+    config = TrainConfig.model_validate(
+        {
+            "student": {"model": str(checkpoint)},
+            "teacher": {"url": "grpc://unused:1", "top_k": "all"},
+            "data": {"source": "unused"},
+            **sections,
+        }
+    )
+    student = load(StudentConfig(model=str(checkpoint)), CPU)
+    return SimpleNamespace(
+        config=config,
+        dist=dist,
+        student=student,
+        objective=build(config.loss),
+        optimizer=Optimizer(student.model.named_parameters(), config.optim, config.train.steps),
+        bad_steps=guards.BadSteps(config.train.max_bad_steps),
+        chunk_rows=config.train.loss_chunk_rows or 4096,
+        step=0,
+    )
+
+
+def gradients(run: Any) -> torch.Tensor:
+    return torch.cat([p.grad.reshape(-1) for p in run.student.model.parameters()]).double()
+
+
+def reference(checkpoint: Path, samples: list[ScoredRollout], loss: dict[str, Any]) -> tuple[float, torch.Tensor]:
+    """(loss, gradient) in float64 from the textbook expressions."""
+    student = copy.deepcopy(load(StudentConfig(model=str(checkpoint)), CPU).model).double()
+    weights, total = [], torch.zeros((), dtype=torch.float64)
+    lengths = [s.rollout.num_tokens for s in samples]
+    for sample in samples:
+        rollout = sample.rollout
+        start = len(rollout.prompt.token_ids)
+        logits = student(torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]]).long()).logits[
+            0, start - 1 : -1
+        ]
+        log_q = (logits / loss.get("student_temperature", 1.0)).log_softmax(-1)
+        log_p = torch.from_numpy(
+            np.concatenate([sample.scores.topk_logprob, sample.scores.log_tail[:, None]], 1)
+        ).double()
+        outcomes = torch.cat([log_q[:, :V], log_q[:, V:].logsumexp(1, keepdim=True)], 1)
+        if loss["objective"] == "reverse_kl":
+            value = (outcomes.exp() * (outcomes - log_p)).sum(1)
+        elif loss["objective"] == "forward_kl":
+            value = (log_p.exp() * (log_p - outcomes)).sum(1)
+        else:
+            at = torch.from_numpy(rollout.token_ids).long()[:, None]
+            advantage = -(rollout.full_logprob.astype(np.float64) - sample.scores.token_logprob)
+            ratio = (log_q.gather(1, at)[:, 0] - torch.from_numpy(rollout.full_logprob).double()).exp()
+            value = -ratio * torch.from_numpy(advantage)
+        weights.append(1 / sum(lengths) if loss.get("normalise") != "sequence" else 1 / len(value) / len(samples))
+        total = total + weights[-1] * value.sum()
+    total.backward()
+    return float(total.detach()), torch.cat([p.grad.reshape(-1) for p in student.parameters()])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"objective": "reverse_kl"},
+        {"objective": "reverse_kl", "normalise": "sequence", "student_temperature": 2.0},
+        {"objective": "forward_kl"},
+        {"objective": "policy_gradient"},
+    ],
+    ids=lambda loss: "-".join(str(v) for v in loss.values()),
+)
+def test_a_steps_gradient_is_that_of_the_definition(loss: dict[str, Any], checkpoint, samples) -> None:
+    run = bare_run(checkpoint, loss=loss, train={"micro_batch_tokens": 30, "loss_chunk_rows": 5})
+    tokens, sums, trouble = accumulate(run, samples)
+    expected_loss, expected = reference(checkpoint, samples, loss)
+    assert (tokens, trouble) == (29.0, "")
+    assert sums["loss"] == pytest.approx(expected_loss, rel=1e-5, abs=1e-7)
+    assert relative(gradients(run), expected) < 1e-5
+
+
+@pytest.mark.parametrize("train", [{"micro_batch_size": 1}, {"micro_batch_tokens": 20}, {"loss_chunk_rows": 1}])
+def test_micro_batches_and_chunks_do_not_show(train: dict[str, int], checkpoint, samples) -> None:
+    results = []
+    for settings in ({}, train):
+        run = bare_run(checkpoint, train=settings)
+        accumulate(run, samples)
+        results.append(gradients(run))
+    assert relative(results[1], results[0]) < 1e-5
+
+
+def test_a_step_moves_towards_the_teacher(checkpoint, samples) -> None:
+    run = bare_run(checkpoint, optim={"learning_rate": 1e-3})
+    losses = []
+    for _ in range(12):
+        losses.append(learn(run, samples)["loss"])
+        run.step += 1
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_learns_and_survives_its_checkpoint(arch: str, tmp_path, samples) -> None:
+    path = save_tiny(tmp_path / "before", arch, scale=2.0)
+    run = bare_run(path, optim={"learning_rate": 1e-2})
+    before = run.student.model.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    learned = learn(run, samples)
+    assert learned["skipped"] == 0.0
+    after = run.student.model.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    run.student.model.save_pretrained(tmp_path / "after")
+    run.student.tokenizer.save_pretrained(tmp_path / "after")
+    reloaded = load(StudentConfig(model=str(tmp_path / "after")), CPU).model.state_dict()
+    assert all(torch.equal(after[name], reloaded[name]) for name in after)
+
+
+# -- bad values
+
+
+def poisoned(sample: ScoredRollout, position: int) -> ScoredRollout:
+    """The same sample, except that the student's old logprob of one token is NaN."""
+    rollout = copy.copy(sample.rollout)
+    broken = rollout.full_logprob.copy()
+    broken[position] = np.nan
+    return ScoredRollout(
+        Rollout(rollout.uid, rollout.prompt, rollout.token_ids, rollout.finish, rollout.behaviour_logprob, broken),
+        sample.scores,
+    )
+
+
+def test_a_step_without_finite_loss_changes_nothing_and_is_counted(checkpoint, samples) -> None:
+    run = bare_run(checkpoint, loss={"objective": "policy_gradient"}, train={"max_bad_steps": 2})
+    before = [p.detach().clone() for p in run.student.model.parameters()]
+    bad = [*samples[:2], poisoned(samples[2], 4), *samples[3:]]
+    assert learn(run, bad)["skipped"] == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, run.student.model.parameters(), strict=True))
+    assert learn(run, samples)["skipped"] == 0.0
+    learn(run, bad)
+    with pytest.raises(guards.TrainingError, match="2 steps in a row"):
+        learn(run, bad)
+
+
+def test_a_broken_weight_is_found_by_sample_and_position(checkpoint, samples) -> None:
+    run = bare_run(checkpoint, train={"max_bad_steps": 1})
+    with torch.no_grad():
+        run.student.model.get_input_embeddings().weight[int(samples[1].rollout.prompt.token_ids[0])] = torch.inf
+    with pytest.raises(guards.TrainingError, match=r"sample 0, position 5: the student's hidden state is not finite"):
+        learn(run, samples)
+
+
+def test_a_step_of_ignored_tokens_only_is_skipped(checkpoint, samples) -> None:
+    every_id = list(range(V))
+    run = bare_run(checkpoint, loss={"objective": "reverse_kl", "ignore_token_ids": every_id})
+    assert learn(run, samples)["skipped"] == 1.0
+
+
+# -- ranks
+
+
+def _rank_step(rank: int, world: int, port: int, checkpoint: Path, samples: Any, folder: Path) -> None:
+    import os
+
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    dist = join("cpu", 60.0)
+    run = bare_run(checkpoint, dist, optim={"learning_rate": 1e-3})
+    mine = [s for i, s in enumerate(samples) if dist.owns(i)] if world < 3 else (samples if rank == 0 else [])
+    _, sums, _ = accumulate(run, mine)
+    dist.sum_gradients(run.student.model.parameters())
+    first = {"loss": dist.sum_metrics(sums)["loss"], "gradient": gradients(run)}
+    run.optimizer.zero_grad()
+    for _ in range(5):
+        learn(run, mine)
+        run.step += 1
+    weights = torch.cat([p.detach().reshape(-1) for p in run.student.model.parameters()]).double()
+    torch.save({**first, "weights": weights}, folder / f"rank{rank}.pt")
+    dist.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3], ids=["two", "two without tokens"])
+def test_ranks_together_take_the_step_of_one(world: int, checkpoint, samples, tmp_path) -> None:
+    """With three, rank 0 has all the samples: ranks without tokens take part and change nothing."""
+    from student_trainer.launch import _free_port
+
+    alone = bare_run(checkpoint, optim={"learning_rate": 1e-3})
+    _, sums, _ = accumulate(alone, samples)
+    expected = gradients(alone)
+    alone.optimizer.zero_grad()
+    for _ in range(5):
+        learn(alone, samples)
+        alone.step += 1
+    weights = torch.cat([p.detach().reshape(-1) for p in alone.student.model.parameters()]).double()
+
+    arguments = (world, _free_port(), checkpoint, samples, tmp_path)
+    multiprocessing.start_processes(_rank_step, arguments, nprocs=world, start_method="spawn")
+    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(world)]
+    for rank in ranks:
+        assert rank["loss"] == pytest.approx(sums["loss"], rel=1e-6)
+        assert relative(rank["gradient"], expected) < 1e-6
+        assert relative(rank["weights"], weights) < 1e-5
+        assert torch.equal(rank["weights"], ranks[0]["weights"])

@@ -1,0 +1,324 @@
+"""The parts of the training loop, each by itself: packing, hidden rows, guards, what may go on in a directory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tinymodels import ARCHITECTURES, save_tiny
+
+from student_trainer import guards
+from student_trainer.config import StudentConfig, TrainConfig, differences, experiment
+from student_trainer.distributed import BUCKET_BYTES, Distributed, _buckets, join, weights_digest
+from student_trainer.microbatch import pack
+from student_trainer.resume import ResumeError, find_start, record
+from student_trainer.student import StudentError, load
+from student_trainer.types import Prompt, Rollout
+
+CPU = torch.device("cpu")
+
+
+def rollout(uid: int, prompt: list[int], completion: list[int]) -> Rollout:
+    zeros = np.zeros(len(completion), dtype=np.float32)
+    return Rollout(
+        uid=uid,
+        prompt=Prompt(index=uid, token_ids=np.array(prompt, dtype=np.int32)),
+        token_ids=np.array(completion, dtype=np.int32),
+        finish="length",
+        behaviour_logprob=zeros,
+        full_logprob=zeros,
+    )
+
+
+# -- packing
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120), st.integers(0, 5))
+def test_packing_keeps_order_and_budget(lengths: list[int], max_tokens: int, max_sequences: int) -> None:
+    batches = pack(lengths, max_tokens, max_sequences)
+    assert [i for batch in batches for i in batch] == list(range(len(lengths)))
+    for batch in batches:
+        padded = len(batch) * max(lengths[i] for i in batch)
+        assert padded <= max_tokens or len(batch) == 1
+        assert not max_sequences or len(batch) <= max_sequences
+
+
+def test_packing_fills_what_fits() -> None:
+    assert pack([4, 4, 4, 4], 12) == [[0, 1, 2], [3]]
+    assert pack([4, 4, 9, 4], 12, max_sequences=1) == [[0], [1], [2], [3]]
+    assert pack([2, 6, 2], 12) == [[0, 1], [2]]
+
+
+# -- student
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_hidden_rows_predict_the_completion_tokens(arch: str, tmp_path) -> None:
+    """Row n through the head is the whole model's logits at position P + n - 1 of that sequence alone."""
+    save_tiny(tmp_path, arch)
+    student = load(StudentConfig(model=str(tmp_path)), CPU)
+    samples = [rollout(0, [5, 6, 7], [8, 9, 1]), rollout(1, [10], [11]), rollout(2, [4] * 9, [3, 2, 1, 1, 5])]
+    with torch.no_grad():
+        got = student.head(student.hidden_rows(samples))
+        expected = torch.cat(
+            [
+                student.model(torch.tensor([[*s.prompt.token_ids, *s.token_ids]])).logits[
+                    0, len(s.prompt.token_ids) - 1 : -1
+                ]
+                for s in samples
+            ]
+        )
+    assert got.shape == expected.shape == (9, 128)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_student_lists_every_end_token_and_keeps_pad_apart(tmp_path) -> None:
+    save_tiny(tmp_path)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    settings["eos_token_id"] = [7, 1, 500]
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    student = load(StudentConfig(model=str(tmp_path)), CPU)
+    assert student.eos_token_ids == (1, 7)  # 500 is no id of the tokenizer
+    assert student.pad_token_id == 0
+    assert student.vocabulary_size == 120
+    assert student.max_tokens == 128
+
+
+def test_a_pad_token_that_is_eos_leaves_the_end_in_the_rows(tmp_path) -> None:
+    save_tiny(tmp_path)
+    student = load(StudentConfig(model=str(tmp_path)), CPU)
+    ending = rollout(0, [5, 6], [8, 1])
+    padded_by_eos = [ending, rollout(1, [5] * 8, [3, 2])]
+    with torch.no_grad():
+        alone = student.hidden_rows([ending])
+        student_with_eos = type(student)(**{**_fields(student), "pad_token_id": 1})
+        together = student_with_eos.hidden_rows(padded_by_eos)[:2]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def _fields(student):
+    return {name: getattr(student, name) for name in student.__slots__}
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(tmp_path) -> None:
+    save_tiny(tmp_path, "gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    gradients = []
+    for checkpointing in (False, True):
+        student = load(StudentConfig(model=str(tmp_path), gradient_checkpointing=checkpointing), CPU)
+        assert student.model.training == checkpointing
+        student.hidden_rows([rollout(0, [5, 6, 7], [8, 9, 1])]).square().sum().backward()
+        gradients.append(student.model.transformer.h[0].mlp.c_fc.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-6)
+
+
+def test_dropout_is_a_function_of_seed_and_sample(tmp_path) -> None:
+    save_tiny(tmp_path, "gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    student = load(StudentConfig(model=str(tmp_path), dropout=True), CPU)
+    hidden = []
+    for seed, uid in ((3, 10), (3, 10), (3, 11)):
+        student.seed_dropout(seed, uid)
+        hidden.append(student.hidden_rows([rollout(0, [5, 6, 7], [8, 9, 1])]).detach())
+    assert torch.equal(hidden[0], hidden[1])
+    assert not torch.equal(hidden[0], hidden[2])
+
+
+def test_bfloat16_is_arithmetic_and_not_storage(tmp_path) -> None:
+    save_tiny(tmp_path)
+    student = load(StudentConfig(model=str(tmp_path), dtype="bfloat16"), CPU)
+    assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+    exact = load(StudentConfig(model=str(tmp_path)), CPU)
+    samples = [rollout(0, [5, 6, 7], [8, 9, 1])]
+    with torch.no_grad():
+        rounded, full = student.head(student.hidden_rows(samples)).float(), exact.head(exact.hidden_rows(samples))
+    assert rounded.dtype == torch.float32
+    assert 0 < float((rounded - full).abs().max()) < 0.1 * float(full.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nowhere/at/all", "not a directory"), ("./nowhere", "not a directory"), ("{tmp}", "config.json")],
+)
+def test_a_student_that_is_not_there_is_one_clear_line(name: str, words: str, tmp_path) -> None:
+    with pytest.raises(StudentError, match=words) as caught:
+        load(StudentConfig(model=name.format(tmp=tmp_path)), CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_larger_than_the_head_is_refused(tmp_path) -> None:
+    save_tiny(tmp_path, tokenizer_size=130, logit_width=128)
+    with pytest.raises(StudentError, match="130 entries, its head only 128"):
+        load(StudentConfig(model=str(tmp_path)), CPU)
+
+
+# -- ranks, alone
+
+
+def test_one_process_is_a_group_of_itself(monkeypatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    alone = join("cpu", 1.0)
+    assert (alone.rank, alone.world, alone.device, alone.is_main) == (0, 1, CPU, True)
+    np.testing.assert_array_equal(alone.all_reduce_sum(np.array([1, 2])), [1.0, 2.0])
+    assert alone.sum_metrics({"a": 1.0}) == {"a": 1.0}
+    assert alone.first("x") == "x"
+    alone.require_equal("anything", "x")
+    alone.barrier()
+
+
+def test_rows_are_shared_out_without_rest() -> None:
+    ranks = [Distributed(r, 3, r, CPU) for r in range(3)]
+    assert [[row for row in range(7) if d.owns(row)] for d in ranks] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize(("name", "words"), [("gpu", "expected auto, cpu"), ("cuda:0", "no CUDA device")])
+def test_a_device_that_is_not_there_is_refused(name: str, words: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=words):
+        join(name, 1.0)
+
+
+def test_gradient_buckets_hold_every_parameter_once() -> None:
+    sizes = [BUCKET_BYTES // 8, BUCKET_BYTES // 8, 1, BUCKET_BYTES, 3]
+    parameters = [torch.nn.Parameter(torch.empty(n, device="meta")) for n in sizes]
+    buckets = _buckets(parameters)
+    assert [p for bucket in buckets for p in bucket] == parameters
+    assert [len(b) for b in buckets] == [2, 1, 1, 1]
+
+
+def test_the_weights_digest_sees_one_flipped_bit() -> None:
+    weight = torch.zeros(3)
+    before = weights_digest([("w", weight)])
+    assert weights_digest([("w", torch.zeros(3))]) == before
+    weight[1] = -0.0
+    assert weights_digest([("w", weight)]) != before
+    assert weights_digest([("v", torch.zeros(3))]) != before
+
+
+# -- guards
+
+
+def test_the_nth_bad_step_in_a_row_ends_the_run() -> None:
+    bad = guards.BadSteps(2)
+    bad.bad(7, "somewhere")
+    bad.good()
+    bad.bad(8, "somewhere")
+    with pytest.raises(guards.TrainingError, match=r"step 9: 2 steps in a row.*sample 12, position 3"):
+        bad.bad(9, "sample 12, position 3")
+
+
+def test_a_non_finite_hidden_state_is_named_by_sample_and_position() -> None:
+    samples = [rollout(40, [5, 6, 7], [8, 9, 1]), rollout(41, [10], [11, 12])]
+    hidden = torch.zeros(5, 4)
+    assert "40 to 41" in guards.locate_non_finite(hidden, samples)
+    hidden[4, 2] = float("nan")
+    assert guards.locate_non_finite(hidden, samples).startswith("sample 41, position 2:")
+
+
+def test_a_stop_signal_interrupts_only_where_nothing_is_lost() -> None:
+    stop = guards.StopSignals()
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.installed():
+        os.kill(os.getpid(), signal.SIGTERM)  # outside: remembered
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(guards.StopRequested), stop.interruptible():
+            pytest.fail("the block must not begin")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert stop.exit_code == 143
+
+    inside = guards.StopSignals()
+    went_on = False
+    with inside.installed(), contextlib.suppress(guards.StopRequested), inside.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        went_on = True
+    assert not went_on
+    assert inside.exit_code == 130
+
+
+# -- one directory, one experiment
+
+
+def config(tmp_path, **sections) -> TrainConfig:
+    base = {
+        "student": {"model": "s"},
+        "teacher": {"url": "grpc://127.0.0.1:1"},
+        "data": {"source": "p.txt"},
+        "train": {"output_dir": str(tmp_path / "run")},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return TrainConfig.model_validate(base)
+
+
+def test_another_experiment_in_the_same_directory_is_refused_by_key(tmp_path) -> None:
+    record(config(tmp_path))
+    with pytest.raises(ResumeError, match=r"optim.learning_rate: 1e-05 -> 0.1"):
+        find_start(config(tmp_path, optim={"learning_rate": 0.1}))
+    with pytest.raises(ResumeError, match=r"loss.objective: 'reverse_kl' -> 'forward_kl'"):
+        find_start(config(tmp_path, loss={"objective": "forward_kl"}))
+
+
+def test_where_things_are_and_how_fast_may_change(tmp_path) -> None:
+    record(config(tmp_path))
+    moved = config(
+        tmp_path,
+        teacher={"url": "http://other:1", "timeout_s": 1},
+        train={"output_dir": str(tmp_path / "run"), "steps": 7, "micro_batch_tokens": 5},
+        tracking={"project": "x"},
+        checkpoint={"keep_last": 9},
+    )
+    assert find_start(moved).step == 0
+
+
+def test_resume_never_refuses_a_directory_in_use(tmp_path) -> None:
+    never = config(tmp_path, checkpoint={"resume": "never"})
+    assert find_start(never).checkpoint is None
+    record(never)
+    with pytest.raises(ResumeError, match="resume is never"):
+        find_start(never)
+
+
+def test_the_key_of_the_teacher_is_not_written_down(tmp_path) -> None:
+    record(config(tmp_path, teacher={"url": "grpc://127.0.0.1:1", "api_key": "hush-hush"}))
+    for path in (tmp_path / "run").iterdir():
+        assert "hush-hush" not in path.read_text()
+
+
+def test_differences_are_sorted_and_name_what_is_missing() -> None:
+    assert differences({"b": 1, "a": 1}, {"b": 2, "c": 3}) == [
+        "a: 1 -> '(not set)'",
+        "b: 1 -> 2",
+        "c: '(not set)' -> 3",
+    ]
+    assert differences({"a": [1]}, {"a": [1]}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teacher": {"model": "t"}}, "got both"),
+        ({"teacher": {"url": ()}}, "got neither"),
+        ({"teacher": {"url": ("grpc://a:1", "grpc://b:1")}}, "2 URLs"),
+        ({"teacher": {"top_k": -1}}, "0 or more"),
+        ({"student": {"model": ""}}, "student.model is not set"),
+        ({"data": {"source": ""}}, "data.source is not set"),
+        ({"train": {"steps": 5}, "optim": {"warmup_steps": 6}}, "warmup_steps is 6"),
+    ],
+)
+def test_sections_that_do_not_go_together_are_refused(changes: dict, words: str, tmp_path) -> None:
+    with pytest.raises(ValueError, match=words):
+        config(tmp_path, **changes)
+
+
+def test_the_experiment_is_json_and_leaves_places_out(tmp_path) -> None:
+    flat = experiment(config(tmp_path))
+    assert json.loads(json.dumps(flat)) == flat
+    assert "teacher.url" not in flat
+    assert "train.output_dir" not in flat
+    assert {"student.model", "train.seed", "rollout.temperature", "loss.objective", "teacher.top_k"} <= flat.keys()
