@@ -1,0 +1,145 @@
+"""From a record to the token ids of its prompt. Owns keys, templates and special tokens; invariants: no end-of-sequence
+token is appended, and a begin-of-sequence token is there exactly as the tokenizer puts it, once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from student_trainer.data.config import DataConfig
+from student_trainer.data.errors import DataError
+from student_trainer.types import Prompt
+from teacher_api.types import IntArray
+
+QUESTION_KEYS = ("question", "prompt", "problem", "instruction", "input", "query", "text")
+ANSWER_KEY = "answer"
+
+
+class Renderer:
+    """Turns records into prompts; keys are settled by the first record.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        first: the first record, and `where` it was found.
+    Raises:
+        DataError: a configured key is not in the first record, or the tokenizer lacks the chat template asked for.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any, first: Mapping[str, Any], where: str) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if config.template == "chat" and not has_template:
+            raise DataError("data.template is `chat`, but the tokenizer has no chat template; use `plain` or `auto`")
+        self.is_chat = has_template and config.template != "plain"
+        self.question_key = config.prompt_key or config.question_key or _first_present(QUESTION_KEYS, first, where)
+        self.answer_key = config.answer_key or (ANSWER_KEY if ANSWER_KEY in first else None)
+
+    def prompt(self, index: int, where: str, record: Mapping[str, Any]) -> Prompt:
+        """The prompt of one record; `index` is its place in the source.
+
+        Raises:
+            DataError: a field is missing, isn't text, or renders to nothing.
+        """
+        body = _field(record, self.question_key, where)
+        if isinstance(body, list) and self.config.prompt_key is not None:
+            text, token_ids = self._from_messages(_messages(body, f"{where}: field {self.question_key!r}"))
+        else:
+            question = _string(body, self.question_key, where)
+            if not question.strip():
+                raise DataError(f"{where}: field {self.question_key!r} is empty")
+            text, token_ids = self._from_question(question, self._system(record, where))
+        if not len(token_ids):
+            raise DataError(f"{where}: the prompt has no tokens")
+        return Prompt(index, token_ids, text, self._answer(record, where))
+
+    def _from_question(self, question: str, system: str | None) -> tuple[str, IntArray]:
+        if self.config.prompt_key is not None:
+            return question, self._encode(question, special_tokens=True)
+        # Not str.format: braces are common in prompts (code, LaTeX) and must not be read as fields.
+        user = self.config.prompt_template.replace("{question}", question)
+        if not self.is_chat:
+            text = f"{system}\n\n{user}" if system else user
+            return text, self._encode(text, special_tokens=True)
+        opening = [{"role": "system", "content": system}] if system else []
+        return self._from_messages([*opening, {"role": "user", "content": user}])
+
+    def _from_messages(self, messages: list[dict[str, str]]) -> tuple[str, IntArray]:
+        if not self.is_chat:
+            raise DataError("a list of messages needs a tokenizer with a chat template, and data.template not `plain`")
+        text: str = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=self.config.add_generation_prompt
+        )
+        # The template writes its own special tokens, the begin-of-sequence one included.
+        return text, self._encode(text, special_tokens=False)
+
+    def _encode(self, text: str, *, special_tokens: bool) -> IntArray:
+        bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        bos = getattr(self.tokenizer, "bos_token", None)
+        if not special_tokens or (bos and text.startswith(bos)):
+            return np.asarray(bare, dtype=np.int32)
+        ids = list(self.tokenizer(text)["input_ids"])
+        # An end-of-sequence token that the tokenizer appends would tell the student that everything has been said;
+        # special tokens at the end of the text itself stay.
+        appended = self._trailing_special(ids) - self._trailing_special(bare)
+        return np.asarray(ids[: len(ids) - max(appended, 0)], dtype=np.int32)
+
+    def _trailing_special(self, ids: list[int]) -> int:
+        special = set(self.tokenizer.all_special_ids)
+        return sum(1 for _ in itertools.takewhile(special.__contains__, reversed(ids)))
+
+    def _system(self, record: Mapping[str, Any], where: str) -> str | None:
+        key = self.config.system_key
+        if key is None:
+            return self.config.system_prompt
+        value = _field(record, key, where)
+        return self.config.system_prompt if value is None else _string(value, key, where)
+
+    def _answer(self, record: Mapping[str, Any], where: str) -> str | None:
+        if self.answer_key is None:
+            return None
+        value = _field(record, self.answer_key, where)
+        # Numbers are natural answers; their shortest spelling is what a grader compares.
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        return _string(value, self.answer_key, where)
+
+
+def _first_present(keys: tuple[str, ...], record: Mapping[str, Any], where: str) -> str:
+    for key in keys:
+        if key in record:
+            return key
+    raise DataError(
+        f"{where}: none of the usual question fields ({', '.join(keys)}) is there; it has {_names(record)}. "
+        "Set data.question_key"
+    )
+
+
+def _field(record: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in record:
+        raise DataError(f"{where}: no field {key!r}; it has {_names(record)}")
+    return record[key]
+
+
+def _string(value: Any, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        hint = "; a list of messages goes in data.prompt_key" if isinstance(value, list) else ""
+        raise DataError(f"{where}: field {key!r} is {type(value).__name__}; expected text{hint}")
+    return value
+
+
+def _messages(value: list[Any], where: str) -> list[dict[str, str]]:
+    for position, message in enumerate(value):
+        is_message = isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+        if not is_message:
+            raise DataError(f"{where}: message {position} needs text in `role` and `content`; got {message!r:.80}")
+    if not value:
+        raise DataError(f"{where}: no messages")
+    return value
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, record)) or "no fields"
