@@ -16,7 +16,7 @@ from student_trainer.losses.config import SampledTokenConfig
 from student_trainer.losses.mask import loss_mask
 from student_trainer.losses.registry import register
 from student_trainer.types import BoolArray, ScoredRollout
-from teacher_api.types import FloatArray
+from teacher_api.types import LOGPROB_FLOOR, FloatArray
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -82,7 +82,7 @@ class PolicyGradient(Objective[PolicyGradientConfig]):
                 "advantage": inputs.advantage,
                 "ratio": ratio.detach(),
                 "clipped": clipped.float(),
-                "student_entropy": torch.special.entr(log_q_NW.exp()).sum(1),
+                "student_entropy": -(log_q_NW.exp() * log_q_NW.clamp(min=LOGPROB_FLOOR)).sum(1),
                 "rollout_gap": (inputs.old_logprob - log_q_N).abs(),
             }
         return PerToken(-gain, metrics)
