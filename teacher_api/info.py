@@ -137,7 +137,7 @@ def from_proto(message: pb.TeacherInfo) -> TeacherInfo:
             f"the teacher speaks version {message.api_version} of the contract; this client speaks {API_VERSION}",
             field="api_version",
         )
-    if not message.fingerprint or not message.tokenizer_fingerprint:
+    if not message.fingerprint:
         raise CorruptResponse("the teacher's description has no fingerprint; expected one", field="fingerprint")
     for name in _LIMITS:
         if getattr(message, name) <= 0:

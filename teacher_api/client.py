@@ -1,0 +1,326 @@
+"""TeacherClient and AsyncTeacherClient: scores from a teacher over gRPC or HTTP, by the scheme of its URL.
+
+The asynchronous client is the implementation; the synchronous one drives it on a private thread with an event loop of
+its own, and so does not survive a fork: make it in the process that uses it. Retries live in asking.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, TypeVar, overload
+from urllib.parse import urlsplit
+
+from teacher_api import info as info_api
+from teacher_api.asking import Answers, Asker, Deadline, Part, parts_of
+from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError
+from teacher_api.transport import Transport
+from teacher_api.types import CallMetadata, ScoreRequest, Scores, TeacherInfo
+
+T = TypeVar("T")
+SCHEMES = ("grpc", "grpcs", "http", "https")
+
+
+def open_transport(url: str, *, api_key: str | None, max_connections: int) -> Transport:
+    """The transport for `grpc://host:port`, `grpcs://…`, `http://…` or `https://…`. Must run in an event loop.
+
+    Raises:
+        ValueError: the URL has another scheme or no host.
+    """
+    split = urlsplit(url)
+    if split.scheme not in SCHEMES or not split.hostname:
+        raise ValueError(f"teacher URL {url!r}: expected grpc://host:port, grpcs://…, http://… or https://…")
+    if split.scheme in ("grpc", "grpcs"):
+        if split.port is None or split.path not in ("", "/"):
+            raise ValueError(f"teacher URL {url!r}: expected {split.scheme}://host:port and nothing after it")
+        from teacher_api.transport_grpc import GrpcTransport  # so that HTTP users need no grpc at work
+
+        return GrpcTransport(split.netloc, secure=split.scheme == "grpcs", api_key=api_key)
+    from teacher_api.transport_http import HttpTransport
+
+    return HttpTransport(url, api_key=api_key, max_connections=max_connections)
+
+
+class AsyncTeacherClient:
+    """Scores from one teacher. `async with AsyncTeacherClient(url) as teacher: …`
+
+    Args:
+        url: grpc://host:port, grpcs://host:port, http://host:port or https://host.
+        api_key: sent as a bearer token.
+        timeout_s: of one call, retries included, unless the request has its own.
+        attempt_timeout_s: after which one attempt is given up and the next one made.
+        max_concurrency: requests in flight at a time.
+        expect_fingerprint: of the teacher; empty: of the one that answers first. Any other is refused from then on.
+        metadata: of requests that have none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 300.0,
+        attempt_timeout_s: float = 60.0,
+        max_concurrency: int = 8,
+        expect_fingerprint: str = "",
+        metadata: CallMetadata | None = None,
+    ) -> None:
+        for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; expected a finite number above 0")
+        if max_concurrency < 1:
+            raise ValueError(f"max_concurrency is {max_concurrency}; expected 1 or more")
+        self.url = url
+        self._timeout_s = timeout_s
+        self._max_concurrency = max_concurrency
+        self._expected = expect_fingerprint
+        self._metadata = metadata or CallMetadata()
+        self._known: TeacherInfo | None = None
+        self._handshake = asyncio.Lock()
+        self._transport = open_transport(url, api_key=api_key, max_connections=max_concurrency)
+        self._asker = Asker(self._transport, attempt_timeout_s=attempt_timeout_s, max_concurrency=max_concurrency)
+
+    async def __aenter__(self) -> AsyncTeacherClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+    async def info(self) -> TeacherInfo:
+        """What the teacher says of itself now.
+
+        Raises:
+            FingerprintMismatch: it is not the teacher that this client began with.
+            TeacherError: it can't be reached within `timeout_s`, or refuses.
+        """
+        return await self._ask_info(Deadline.after(self._timeout_s))
+
+    async def _ask_info(self, deadline: Deadline) -> TeacherInfo:
+        found = info_api.from_proto(await self._asker.info(deadline))
+        if self._expected and found.fingerprint != self._expected:
+            raise FingerprintMismatch(
+                f"expected teacher {self._expected!r:.80}, at {self.url} is {found.fingerprint!r:.80} "
+                f"({found.model_name!r:.80})"
+            )
+        self._expected, self._known = found.fingerprint, found
+        return found
+
+    async def _teacher(self, deadline: Deadline) -> TeacherInfo:
+        async with self._handshake:
+            return self._known or await self._ask_info(deadline)
+
+    @overload
+    async def score(self, request: ScoreRequest, *, return_errors: Literal[False] = False) -> list[Scores]: ...
+
+    @overload
+    async def score(self, request: ScoreRequest, *, return_errors: Literal[True]) -> list[Scores | TeacherError]: ...
+
+    async def score(
+        self, request: ScoreRequest, *, return_errors: bool = False
+    ) -> list[Scores] | list[Scores | TeacherError]:
+        """Scores of each completion, in the order asked. Requests above the teacher's limits are cut to them.
+
+        Args:
+            return_errors: put a completion's error in its place instead of raising the first one.
+
+        Raises:
+            InvalidRequest: the request can't be asked as it is; names the field.
+            TeacherError: of the first completion that has no scores after all retries.
+        """
+        answers = await self._answers(request, streamed=False)
+        return answers if return_errors else _scores_only(answers)
+
+    async def score_many(self, requests: Iterable[ScoreRequest] | AsyncIterable[ScoreRequest]) -> AsyncIterator[Scores]:
+        """Scores of any number of requests, over streams, as requests finish. Completion ids should be unique over all
+        of them: they are all that tells the answers apart.
+
+        At most `max_concurrency` requests are taken from `requests` ahead of what has been consumed. Each has
+        `timeout_s` of its own; the time that its answer waits to be consumed does not count.
+
+        Raises:
+            TeacherError: of the first completion that has no scores after all retries; the rest is cancelled.
+        """
+        source = _as_async(requests)
+        running: set[asyncio.Task[list[Scores | TeacherError]]] = set()
+        done: set[asyncio.Task[list[Scores | TeacherError]]] = set()
+        exhausted = False
+        try:
+            while running or not exhausted:
+                while not exhausted and len(running) < self._max_concurrency:
+                    try:
+                        request = await anext(source)
+                    except StopAsyncIteration:
+                        exhausted = True
+                        break
+                    running.add(asyncio.ensure_future(self._answers(request, streamed=True)))
+                if not running:
+                    break
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                while done:
+                    for scores in _scores_only(done.pop().result()):
+                        yield scores
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, *done, return_exceptions=True)
+
+    async def _answers(self, request: ScoreRequest, *, streamed: bool) -> list[Scores | TeacherError]:
+        _check_shape(request)
+        deadline = Deadline.after(self._timeout_s if request.timeout_s is None else request.timeout_s)
+        info = await self._teacher(deadline)
+        if request.expect_fingerprint not in ("", info.fingerprint):
+            raise FingerprintMismatch(
+                f"the request expects teacher {request.expect_fingerprint!r:.80}, at {self.url} is "
+                f"{info.fingerprint!r:.80}"
+            )
+        if request.metadata == CallMetadata():
+            request = replace(request, metadata=self._metadata)
+
+        async def ask(part: Part) -> Answers:
+            return await self._asker.ask(request, part, info.fingerprint, deadline)
+
+        parts = list(parts_of(request, info, streamed=streamed))
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask(part)) for part in parts]
+        answers = {name: answer for task in tasks for name, answer in task.result().items()}
+        return [answers[completion.id] for completion in request.completions]
+
+
+def _check_shape(request: ScoreRequest) -> None:
+    """What would make answers ambiguous, and is wrong for every teacher."""
+    if not request.completions:
+        raise InvalidRequest("empty; expected at least one completion", field="completions")
+    seen: set[str] = set()
+    for i, completion in enumerate(request.completions):
+        if completion.id in seen:
+            raise InvalidRequest(f"{completion.id!r:.80} is there twice", field=f"completions[{i}].id")
+        seen.add(completion.id)
+
+
+def _scores_only(answers: list[Scores | TeacherError]) -> list[Scores]:
+    scores = []
+    for answer in answers:
+        if isinstance(answer, TeacherError):
+            raise answer
+        scores.append(answer)
+    return scores
+
+
+async def _as_async(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
+
+
+class TeacherClient:
+    """The synchronous face of AsyncTeacherClient, with the same arguments. Threads may share it; a fork may not.
+
+    `with TeacherClient(url) as teacher: …`, or `close()`.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.url = url
+        self._max_concurrency = int(options.get("max_concurrency", 8))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
+        self._thread.start()
+        try:
+            self._client = self._run(_made(url, options))
+        except BaseException:
+            self._stop()
+            raise
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this TeacherClient is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = self._submit(work)
+        try:
+            return future.result()
+        except BaseException:  # such as Ctrl-C in the waiting thread: nothing goes on behind it
+            future.cancel()
+            raise
+
+    def __enter__(self) -> TeacherClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends what is in flight and the private thread. Idempotent."""
+        if self._loop.is_closed():
+            return
+        with suppress(TeacherError):
+            self._run(self._client.close())
+        self._stop()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        pending = asyncio.all_tasks(self._loop)
+        for task in pending:
+            task.cancel()
+        if pending:
+            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def info(self) -> TeacherInfo:
+        """As AsyncTeacherClient.info."""
+        return self._run(self._client.info())
+
+    @overload
+    def score(self, request: ScoreRequest, *, return_errors: Literal[False] = False) -> list[Scores]: ...
+
+    @overload
+    def score(self, request: ScoreRequest, *, return_errors: Literal[True]) -> list[Scores | TeacherError]: ...
+
+    def score(
+        self, request: ScoreRequest, *, return_errors: bool = False
+    ) -> list[Scores] | list[Scores | TeacherError]:
+        """As AsyncTeacherClient.score."""
+        answers = self._run(self._client._answers(request, streamed=False))
+        return answers if return_errors else _scores_only(answers)
+
+    def score_many(self, requests: Iterable[ScoreRequest]) -> Iterator[Scores]:
+        """As AsyncTeacherClient.score_many; `requests` is iterated in the calling thread."""
+        source = iter(requests)
+        running: set[concurrent.futures.Future[list[Scores | TeacherError]]] = set()
+        exhausted = False
+        try:
+            while running or not exhausted:
+                while not exhausted and len(running) < self._max_concurrency:
+                    request = next(source, None)
+                    if request is None:
+                        exhausted = True
+                    else:
+                        running.add(self._submit(self._client._answers(request, streamed=True)))
+                if not running:
+                    break
+                done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                while done:
+                    yield from _scores_only(done.pop().result())
+        finally:
+            for future in running:
+                future.cancel()
+
+
+async def _made(url: str, options: dict[str, Any]) -> AsyncTeacherClient:
+    return AsyncTeacherClient(url, **options)

@@ -1,0 +1,92 @@
+"""What the client needs of a transport, and errors as HTTP carries them. A transport moves messages and turns every
+failure into a TeacherError; it never retries and never looks inside an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator
+from typing import Protocol, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from teacher_api import errors
+from teacher_api.errors import CorruptResponse, TeacherError, error_of_kind
+from teacher_api.v1 import teacher_pb2 as pb
+
+PROTOBUF = "application/x-protobuf"
+REQUEST_ID = "x-request-id"
+MAX_MESSAGE_BYTES = 1 << 30
+"""Of one message either way: far above any server's stated limit, far below what breaks protobuf (2 GiB)."""
+
+
+class Transport(Protocol):
+    """One connection to one teacher. Every method gives up after `timeout_s` with DeadlineExceeded."""
+
+    async def info(self, *, timeout_s: float, request_id: str) -> pb.TeacherInfo: ...
+
+    async def score(self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str) -> pb.ScoreResponse: ...
+
+    def stream(
+        self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str
+    ) -> AsyncIterator[pb.ScoreFrame]: ...
+
+    async def close(self) -> None: ...
+
+
+M = TypeVar("M", bound=Message)
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """Raises CorruptResponse where `data` is no message of that kind."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise CorruptResponse(f"{len(data)} bytes that are no {kind.DESCRIPTOR.name}: {error}") from error
+
+
+_BY_STATUS: dict[int, type[TeacherError]] = {
+    400: errors.InvalidRequest,
+    401: errors.Unauthenticated,
+    403: errors.PermissionDenied,
+    404: errors.NotFound,
+    413: errors.TooLarge,
+    422: errors.Unsupported,
+    429: errors.Overloaded,
+    502: errors.Unavailable,
+    503: errors.Unavailable,
+    504: errors.Unavailable,
+}
+"""What an answer without a problem document means: something between us and the teacher gave it."""
+
+
+def error_of_problem(status: int, content_type: str, body: bytes, retry_after: str | None) -> TeacherError:
+    """The error that an HTTP answer other than 200 stands for."""
+    document: object = None
+    if content_type.split(";")[0].strip() in ("application/problem+json", "application/json"):
+        try:
+            document = json.loads(body)
+        except ValueError:
+            document = None
+    if isinstance(document, dict) and isinstance(document.get("kind"), str):
+        seconds = document.get("retry_after_s")
+        return error_of_kind(
+            document["kind"],
+            str(document.get("detail", "")),
+            field=str(document.get("field", "")),
+            retry_after_s=_seconds(seconds if seconds is not None else retry_after),
+            request_id=str(document.get("request_id", "")),
+        )
+    text = " ".join(body[:200].decode("utf-8", "replace").split())
+    cls = _BY_STATUS.get(status, errors.InternalError)
+    return cls(f"HTTP {status} without an error document: {text or 'empty body'}", retry_after_s=_seconds(retry_after))
+
+
+def _seconds(value: object) -> float | None:
+    """A delay; dates and nonsense are as good as none."""
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None

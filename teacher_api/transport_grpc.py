@@ -1,0 +1,127 @@
+"""The contract over gRPC: the only importer of grpc in this package. gRPC's own retries are off, asking.py has ours.
+
+Messages cross this file as bytes and are parsed here, so that a damaged one is a CorruptResponse, not gRPC's INTERNAL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from teacher_api import errors
+from teacher_api.errors import TeacherError, error_of_kind
+from teacher_api.transport import MAX_MESSAGE_BYTES, REQUEST_ID, parse
+from teacher_api.v1 import teacher_pb2 as pb
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    # a restarted teacher should be found soon; the pace of the calls themselves is the client's
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+_BY_CODE: dict[str, type[TeacherError]] = {
+    "UNAVAILABLE": errors.Unavailable,
+    "RESOURCE_EXHAUSTED": errors.Overloaded,
+    "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
+    "CANCELLED": errors.Cancelled,
+    "UNAUTHENTICATED": errors.Unauthenticated,
+    "PERMISSION_DENIED": errors.PermissionDenied,
+    "INVALID_ARGUMENT": errors.InvalidRequest,
+    "UNIMPLEMENTED": errors.Unsupported,
+    "NOT_FOUND": errors.NotFound,
+    "DATA_LOSS": errors.CorruptResponse,
+}
+"""What a status without our details means: gRPC itself or a proxy gave it. All others are errors we don't know."""
+
+
+class GrpcTransport:
+    """`target` is host:port. Keys are sent in the clear unless `secure`."""
+
+    def __init__(self, target: str, *, secure: bool, api_key: str | None) -> None:
+        self._target = target
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        if secure:
+            self._channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        self._info = self._channel.unary_unary(f"/{_SERVICE}/GetInfo")
+        self._score = self._channel.unary_unary(f"/{_SERVICE}/Score")
+        self._stream = self._channel.stream_stream(f"/{_SERVICE}/ScoreStream")
+
+    def _call(self, timeout_s: float, request_id: str) -> dict[str, Any]:
+        return {"timeout": timeout_s, "metadata": (*self._metadata, (REQUEST_ID, request_id))}
+
+    async def info(self, *, timeout_s: float, request_id: str) -> pb.TeacherInfo:
+        try:
+            data = await self._info(pb.GetInfoRequest().SerializeToString(), **self._call(timeout_s, request_id))
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        return parse(pb.TeacherInfo, data)
+
+    async def score(self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str) -> pb.ScoreResponse:
+        try:
+            data = await self._score(request.SerializeToString(), **self._call(timeout_s, request_id))
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        return parse(pb.ScoreResponse, data)
+
+    async def stream(
+        self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str
+    ) -> AsyncIterator[pb.ScoreFrame]:
+        async def once() -> AsyncIterator[bytes]:
+            yield request.SerializeToString()
+
+        call = self._stream(once(), **self._call(timeout_s, request_id))
+        try:
+            async for data in call:
+                yield parse(pb.ScoreFrame, data)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()  # no effect on a call that has ended
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def _error(self, error: grpc.aio.AioRpcError) -> TeacherError:
+        for key, value in error.trailing_metadata() or ():
+            if key == "grpc-status-details-bin":
+                found = error_of_status(value)
+                if found is not None:
+                    return found
+        code, details = error.code().name, " ".join((error.details() or "").split())
+        if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:
+            return errors.TooLarge(f"{self._target}: {details}")
+        cls = _BY_CODE.get(code)
+        if cls is None:
+            return errors.InternalError(f"{self._target}: gRPC {code}: {details}")
+        return cls(f"{self._target}: {details}")
+
+
+def error_of_status(data: bytes) -> TeacherError | None:
+    """The error inside a google.rpc.Status, or None if it holds none of ours."""
+    try:
+        status = status_pb2.Status.FromString(data)
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        has_info = any(detail.Unpack(info) for detail in status.details)
+        has_retry = any(detail.Unpack(retry) for detail in status.details)
+    except DecodeError:
+        return None
+    if not has_info or info.domain != _SERVICE.rpartition(".")[0]:
+        return None
+    return error_of_kind(
+        info.reason,
+        status.message,
+        field=info.metadata.get("field", ""),
+        retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if has_retry else None,
+        request_id=info.metadata.get("request_id", ""),
+    )

@@ -1,0 +1,103 @@
+"""The contract over HTTP: the only importer of httpx in this package. httpx has no limit on a whole call, so each one
+runs under asyncio's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+
+from teacher_api.errors import CorruptResponse, DeadlineExceeded, InvalidRequest, TeacherError, Unavailable
+from teacher_api.transport import MAX_MESSAGE_BYTES, PROTOBUF, REQUEST_ID, error_of_problem, parse
+from teacher_api.v1 import teacher_pb2 as pb
+
+MAX_PROBLEM_BYTES = 64 << 10
+
+
+class HttpTransport:
+    """`url` is http://host:port or https://…, perhaps with a path before /v1."""
+
+    def __init__(self, url: str, *, api_key: str | None, max_connections: int) -> None:
+        headers = {"accept": PROTOBUF, "accept-encoding": "identity", "user-agent": "preceptor-client"}
+        if api_key:
+            headers["authorization"] = f"Bearer {api_key}"
+        self._url = url.rstrip("/")
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(None),
+            limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+        )
+
+    @asynccontextmanager
+    async def _call(
+        self, method: str, path: str, body: bytes | None, timeout_s: float, request_id: str
+    ) -> AsyncIterator[httpx.Response]:
+        """An answer of status 200, its body not read yet. Everything else raises a TeacherError."""
+        headers = {REQUEST_ID: request_id} | ({"content-type": PROTOBUF} if body is not None else {})
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._client.stream(method, self._url + path, content=body, headers=headers) as response,
+            ):
+                if response.status_code != 200:
+                    raise error_of_problem(
+                        response.status_code,
+                        response.headers.get("content-type", ""),
+                        await _read(response, MAX_PROBLEM_BYTES),
+                        response.headers.get("retry-after"),
+                    )
+                yield response
+        except TeacherError:
+            raise
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self._url}: no complete answer within {timeout_s:.3g} s") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise InvalidRequest(f"{self._url}: {error}", field="url") from error
+        except (httpx.TransportError, httpx.StreamError) as error:
+            raise Unavailable(f"{self._url}: {error or type(error).__name__}") from error
+
+    async def info(self, *, timeout_s: float, request_id: str) -> pb.TeacherInfo:
+        async with self._call("GET", "/v1/info", None, timeout_s, request_id) as response:
+            return parse(pb.TeacherInfo, await _read(response, MAX_MESSAGE_BYTES))
+
+    async def score(self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str) -> pb.ScoreResponse:
+        body = request.SerializeToString()
+        async with self._call("POST", "/v1/score", body, timeout_s, request_id) as response:
+            return parse(pb.ScoreResponse, await _read(response, MAX_MESSAGE_BYTES))
+
+    async def stream(
+        self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str
+    ) -> AsyncIterator[pb.ScoreFrame]:
+        body = request.SerializeToString()
+        async with self._call("POST", "/v1/score/stream", body, timeout_s, request_id) as response:
+            buffer = bytearray()
+            async for chunk in response.aiter_raw():
+                buffer += chunk
+                while len(buffer) >= 4:
+                    (length,) = struct.unpack_from("<I", buffer)
+                    if length > MAX_MESSAGE_BYTES:
+                        raise CorruptResponse(f"a frame of {length} bytes; expected at most {MAX_MESSAGE_BYTES}")
+                    if len(buffer) < 4 + length:
+                        break
+                    frame = bytes(memoryview(buffer)[4 : 4 + length])
+                    del buffer[: 4 + length]
+                    yield parse(pb.ScoreFrame, frame)
+            if buffer:
+                raise CorruptResponse(f"the stream ends inside a frame, after {len(buffer)} bytes of it")
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+async def _read(response: httpx.Response, limit: int) -> bytes:
+    chunks, size = [], 0
+    async for chunk in response.aiter_raw():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise CorruptResponse(f"an answer of more than {limit} bytes")
+    return b"".join(chunks)
