@@ -1,0 +1,141 @@
+"""Accuracy of a model on problems with known answers: completions from a sampler, a task that judges them, and a
+confidence interval. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Literal, Protocol
+
+from pydantic import Field
+
+from student_trainer.data.config import DataConfig
+from student_trainer.types import Prompt, Rollout
+from teacher_api.settings import Section
+
+TaskName = Literal["exact_match", "final_answer", "numeric_answer"]
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0)
+    """Steps between evaluations (before the first step and after the last as well); 0: none."""
+    data: DataConfig | None = None
+    """Problems with answers, none of them in the training data."""
+    task: TaskName = "final_answer"
+    num_prompts: int = Field(256, ge=1)
+    """The first so many of the data; all where there are fewer."""
+    max_new_tokens: int = Field(0, ge=0)
+    """0: as in training."""
+
+
+class Sampler(Protocol):
+    def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    prompt: str
+    completion: str
+    answer: str
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Share of correct answers with its 95 % Wilson score interval."""
+
+    accuracy: float
+    low: float
+    high: float
+    num: int
+    samples: tuple[Judged, ...] = ()
+
+
+def evaluate(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    task: TaskName,
+    *,
+    decode: Callable[[Sequence[int]], str],
+    progress: Callable[[Iterator[Judged]], Iterator[Judged]] = iter,
+    batch_size: int = 64,
+) -> EvalResult:
+    """Samples one completion per prompt and judges it against `Prompt.answer`.
+
+    Args:
+        decode: token ids to text, special tokens left out.
+        progress: wraps the stream of judged completions, to show how far it is.
+    Raises:
+        ValueError: no prompts, or a prompt without an answer.
+    """
+    if not prompts:
+        raise ValueError("nothing to evaluate: no prompts")
+    missing = [p.index for p in prompts if p.answer is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(prompts)} prompts have no answer, the first is row {missing[0]}; set answer_key"
+        )
+
+    def judged() -> Iterator[Judged]:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            for rollout in sampler.sample(batch, range(start, start + len(batch))):
+                text, answer = decode(rollout.token_ids.tolist()), rollout.prompt.answer or ""
+                finished = rollout.finish == "eos"
+                yield Judged(rollout.prompt.text, text, answer, finished and TASKS[task](text, answer))
+
+    return summarise(list(progress(judged())))
+
+
+def summarise(samples: Sequence[Judged]) -> EvalResult:
+    """The Wilson score interval (E. B. Wilson, 1927) at z = 1.96 around the share of correct samples."""
+    num, correct = len(samples), sum(s.correct for s in samples)
+    z, share = 1.96, correct / num
+    centre = (share + z * z / (2 * num)) / (1 + z * z / num)
+    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    return EvalResult(share, max(0.0, centre - half), min(1.0, centre + half), num, tuple(samples))
+
+
+def exact_match(completion: str, answer: str) -> bool:
+    """The whole completion is the answer; white space at both ends and its amount in between don't count."""
+    return completion.split() == answer.split()
+
+
+def final_answer(completion: str, answer: str) -> bool:
+    """What follows the last "Answer:" (or "####", or stands in the last \\boxed{}) is the answer. The reference may
+    be the answer alone or a worked solution that ends in one of these forms."""
+    got, expected = _marked(completion), _marked(answer)
+    return got is not None and got.split() == (expected if expected is not None else answer).split()
+
+
+def numeric_answer(completion: str, answer: str) -> bool:
+    """The last number of the completion has the value of the reference's last number (1,200 = 1200.0)."""
+    got, expected = _last_number(_marked(completion) or completion), _last_number(_marked(answer) or answer)
+    return got is not None and got == expected
+
+
+TASKS: dict[TaskName, Callable[[str, str], bool]] = {
+    "exact_match": exact_match,
+    "final_answer": final_answer,
+    "numeric_answer": numeric_answer,
+}
+
+_MARKERS = re.compile(r"(?:Answer:|####)[ \t]*([^\n]*)|\\boxed\{([^{}]*)\}")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def _marked(text: str) -> str | None:
+    found = list(_MARKERS.finditer(text))
+    return (found[-1][1] if found[-1][1] is not None else found[-1][2]) if found else None
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text)
+    try:
+        return Decimal(found[-1].replace(",", "")) if found else None
+    except InvalidOperation:
+        return None

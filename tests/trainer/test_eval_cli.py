@@ -1,0 +1,66 @@
+"""The command on a tiny checkpoint: its accuracy equals a count by hand over transformers' greedy output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tinymodels import save_tiny, tiny_model, tiny_tokenizer
+
+from student_trainer import eval_cli
+
+QUESTIONS = ["fox", "dog 1", "lazy 2", "the quick", "brown 3 + 4"]
+
+
+def greedy_text(question: str) -> str:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompt = tokenizer(question, return_tensors="pt").input_ids
+    suppressed = list(range(len(tokenizer), model.config.vocab_size))
+    with torch.inference_mode():
+        full = model.generate(prompt, max_new_tokens=8, do_sample=False, suppress_tokens=suppressed)
+    return str(tokenizer.decode(full[0, prompt.shape[1] :], skip_special_tokens=True))
+
+
+def test_accuracy_is_the_share_of_greedy_completions_that_match(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tmp_path / "model")
+    texts = [greedy_text(q) for q in QUESTIONS]
+    rows = [
+        {"question": q, "answer": t if i != 2 else "wrong"}
+        for i, (q, t) in enumerate(zip(QUESTIONS, texts, strict=True))
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = eval_cli.run(
+        [
+            "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--task", "exact_match",
+            "--max-new-tokens", "8", "--json", str(tmp_path / "out.json"), "device=cpu",
+        ]
+    )  # fmt: skip
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0
+    assert [s["completion"] for s in result["samples"]] == texts
+    # a completion that was cut at max_new_tokens never counts
+    assert result["num"] == 5
+    assert all(not s["correct"] for s in result["samples"] if s["answer"] == "wrong")
+    assert "exact_match" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "x.jsonl"], "model is not set"),
+        (["--model", "m"], "data.source is not set"),
+        (["--model", "missing", "--data", "x.jsonl"], "missing"),
+        (["--modle", "m"], "model"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_exit_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert eval_cli.run(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
