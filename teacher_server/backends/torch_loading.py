@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from teacher_api import causal_lm
+from teacher_api.info import tokenizer_fingerprint
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.weights import weights_digest
 
@@ -178,8 +179,6 @@ def tokenizer_facts(directory: Path, logit_width: int) -> tuple[int, str, dict[s
             logit_width,
         )
         return logit_width, "", {}
-    from teacher_api.info import tokenizer_fingerprint
-
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         size = 1 + max(tokenizer.get_vocab().values())
