@@ -14,9 +14,9 @@ NOTES = (
     "place of them and nothing else: no reference solutions, no answers, no rewards.",
     "The problems counted here share their three numbers with no problem that either model was trained on, and no "
     "setting was chosen on them; the curve above is measured on a third set. Single sums and differences do recur.",
-    "It does not show that this beats fine-tuning on the teacher's solutions. With unlimited fresh prompts and a teacher "
-    "as sure of itself as this one, fine-tuning learned faster when it was tried; on-policy learning led when prompts "
-    "were few.",
+    "It does not show that this beats fine-tuning on the teacher's solutions. With unlimited fresh prompts and a "
+    "teacher as sure of itself as this one, fine-tuning learned faster when it was tried; on-policy learning led when "
+    "prompts were few.",
     "It does not show how large models behave: both were made in minutes for this one task.",
 )
 

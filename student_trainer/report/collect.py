@@ -6,17 +6,19 @@ Shape legend: T tokens of prompt and completion, N completion tokens, S support 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from teacher_api.client import TeacherClient
 
 from student_trainer.report.model import Choice, CompletionView, TokenView
 from student_trainer.types import Rollout
 from teacher_api import causal_lm
 from teacher_api.types import Candidates, Completion, IntArray, ScoreOptions, ScoreRequest, Scores, TeacherInfo
+
+if TYPE_CHECKING:
+    from teacher_api.client import TeacherClient
 
 Array = npt.NDArray[np.float64]
 

@@ -77,7 +77,7 @@ class _Frame:
         xs = [x for series in chart.series for x in series.steps]
         ys = [y for series in chart.series for y in series.values]
         self.log = chart.log_y
-        self.x_low, self.x_high = min(xs), max(max(xs), min(xs) + 1)
+        self.x_low, self.x_high = min(*xs, 0.0), max(*xs, 1.0)
         low, high = (0.0, 1.0) if chart.share else (min(ys), max(ys))
         if self.log:
             low, high = low * 0.9, high * 1.1
@@ -119,18 +119,16 @@ def svg(chart: Chart) -> Markup:
 
 
 def _line(series: Series, number: int, frame: _Frame, chart: Chart) -> str:
-    """One series: a line, dots where they are few, and its name at the end where it is a reference."""
+    """One series: a line, dots where they are few, and its name at the start where it is a reference."""
     points = list(zip(series.steps, series.values, strict=True))
     places = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
     kind = "reference" if series.reference else f"s{number}"
     drawn = [f'<polyline class="line {kind}" points="{places}"/>']
     if series.reference:
-        x, y = frame.x(points[-1][0]), frame.y(points[-1][1])
-        text = f"{series.name} {label(round(points[-1][1], 3), share=chart.share)}"
-        below = y - TOP < 16
-        drawn.append(
-            f'<text x="{x - 4:.1f}" y="{y + (15 if below else -6):.1f}" text-anchor="end">{escape(text)}</text>'
-        )
+        x, y = frame.x(points[0][0]) + 8, frame.y(points[0][1])
+        y += 16 if y - TOP < 16 else -6
+        text = f"{series.name} {label(round(points[0][1], 3), share=chart.share)}"
+        drawn.append(f'<text x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>')
     elif len(points) < DENSE_POINTS:
         for x, y in points:
             name = f"step {x:g}: {label(round(y, 4), share=chart.share)}"
@@ -160,6 +158,9 @@ def png(charts: Sequence[Chart], path: Path) -> None:
             axes.set_ylim(0, 104)
         if chart.log_y:
             axes.set_yscale("log")
+            axes.set_yticks(ticks(*axes.get_ylim(), log=True), minor=False)
+            axes.yaxis.set_major_formatter(lambda value, _: label(value))
+            axes.yaxis.set_minor_formatter(lambda _value, _: "")
         axes.set_title(chart.title)
         axes.set_xlabel("step")
         axes.set_ylabel(f"{chart.y_label} (%)" if chart.share else chart.y_label)
