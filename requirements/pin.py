@@ -1,8 +1,8 @@
-"""Writes requirements/base.txt and requirements/test.txt: everything that the extras of pyproject.toml need, pinned to the
-versions of the environment this runs in. Run it in an environment that passes the tests; `--check` only compares.
+"""Writes requirements/base.txt and requirements/test.txt: all that the extras of pyproject.toml need, pinned to the
+versions of the environment this runs in. Run it in one that passes the tests; `--check` only compares.
 
-It knows nothing of an index: it walks the installed packages' own metadata, once per supported platform, and gives a
-package that only some platforms need its marker.
+It asks no index: it walks the installed packages' own metadata, once per supported platform, and gives a package that
+only some platforms need its marker. What this platform does not need keeps the version it is pinned to.
 """
 
 from __future__ import annotations
@@ -43,6 +43,21 @@ LISTS: dict[str, tuple[str, ...]] = {
 }
 
 
+def old_pins() -> dict[str, str]:
+    """Versions in the lists as they are."""
+    lines = [line for name in LISTS if (HERE / name).exists() for line in (HERE / name).read_text().splitlines()]
+    requirements = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in requirements}
+
+
+def version_of(name: str) -> str:
+    """The installed version; for a package of another platform the one pinned before."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return old_pins()[name]
+
+
 def closure(roots: Iterable[str], platform: Mapping[str, str]) -> set[str]:
     """Canonical names of all packages that `roots` need on `platform`, themselves included."""
     found: set[str] = set()
@@ -62,6 +77,8 @@ def closure(roots: Iterable[str], platform: Mapping[str, str]) -> set[str]:
             try:
                 needs = distribution(name).requires or []
             except PackageNotFoundError:
+                if name in old_pins():
+                    continue
                 sys.exit(f"{name} is needed ({requirement}) but not installed here: install it, then run this again")
             children = [Requirement(text) for text in needs]
             queue += [child for child in children if child.marker is None or child.marker.evaluate(environment)]
@@ -90,8 +107,8 @@ def render(file_name: str) -> str:
         roots += project["optional-dependencies"][extra]
     per_platform = {platform: closure(roots, environment) for platform, environment in PLATFORMS.items()}
     names = sorted(set().union(*per_platform.values()) - OWN_LINE)
-    lines = [f"{name}=={version(name)}{marker_for(name, per_platform)}" for name in names]
-    header = f"# Written by requirements/pin.py from the extras {', '.join(extras)}: do not edit. Linux, Python 3.11 and 3.12."
+    lines = [f"{name}=={version_of(name)}{marker_for(name, per_platform)}" for name in names]
+    header = f"# Written by requirements/pin.py from the extras {', '.join(extras)}. For Linux, Python 3.11 and 3.12."
     return "\n".join([header, *lines]) + "\n"
 
 

@@ -1,0 +1,28 @@
+"""What runs inside vLLM's own processes; vLLM calls `register` in each through the entry point vllm.general_plugins.
+
+Imports nothing of this package and nothing large: it is also loaded by vLLM engines that serve something else, and
+does nothing there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+
+SERVER_PID = "TEACHER_VLLM_SERVER_PID"
+"""Environment variable: the process whose engine this is."""
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def register() -> None:
+    """Ties an engine process to its parent: a teacher that is killed leaves no engine behind holding a GPU."""
+    server = os.environ.get(SERVER_PID)
+    parent = multiprocessing.parent_process()
+    if server is None or server == str(os.getpid()) or parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent.pid:  # it died before the line above
+        os._exit(1)
