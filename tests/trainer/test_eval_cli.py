@@ -14,20 +14,19 @@ from student_trainer import eval_cli
 QUESTIONS = ["fox", "dog 1", "lazy 2", "the quick", "brown 3 + 4"]
 
 
-def greedy_text(question: str) -> str:
+def first_greedy_token(question: str) -> int:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     prompt = tokenizer(question, return_tensors="pt").input_ids
-    suppressed = list(range(len(tokenizer), model.config.vocab_size))
     with torch.inference_mode():
-        full = model.generate(prompt, max_new_tokens=8, do_sample=False, suppress_tokens=suppressed)
-    return str(tokenizer.decode(full[0, prompt.shape[1] :], skip_special_tokens=True))
+        return int(model(prompt).logits[0, -1, : len(tokenizer)].argmax())
 
 
 def test_accuracy_is_the_share_of_greedy_completions_that_match(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny(tmp_path / "model")
-    texts = [greedy_text(q) for q in QUESTIONS]
+    tokens = [first_greedy_token(q) for q in QUESTIONS]  # each ends its completion: one token long
+    texts = [tiny_tokenizer().decode([t]) for t in tokens]
     rows = [
         {"question": q, "answer": t if i != 2 else "wrong"}
         for i, (q, t) in enumerate(zip(QUESTIONS, texts, strict=True))
@@ -37,15 +36,15 @@ def test_accuracy_is_the_share_of_greedy_completions_that_match(
         [
             "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--task", "exact_match",
             "--max-new-tokens", "8", "--json", str(tmp_path / "out.json"), "device=cpu",
+            f"rollout.stop_token_ids={tokens}",
         ]
     )  # fmt: skip
     result = json.loads((tmp_path / "out.json").read_text())
     assert code == 0
     assert [s["completion"] for s in result["samples"]] == texts
-    # a completion that was cut at max_new_tokens never counts
-    assert result["num"] == 5
-    assert all(not s["correct"] for s in result["samples"] if s["answer"] == "wrong")
-    assert "exact_match" in capsys.readouterr().out
+    assert [s["correct"] for s in result["samples"]] == [True, True, False, True, True]
+    assert (result["num"], result["accuracy"]) == (5, 0.8)
+    assert "80.0%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
