@@ -273,6 +273,36 @@ def test_tiny_student_tail_is_exact_in_float32():
     assert np.abs(got.log_tail.numpy() - exact).max() < 1e-5
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_float32_gradients_of_sharp_rows_match_float64(name):
+    logits = np.random.default_rng(30).normal(size=(6, 300))
+    logits[:, :3] += np.linspace(2, 20, 6)[:, None]
+    teacher = exact_rows(log_softmax(random_logits(n=6, v=300, seed=31)), [[2, 0, 1], *[[0, 1]] * 5], [0] * 6)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        z = torch.tensor(logits, dtype=torch.float32).to(dtype).requires_grad_()
+        build(name).per_token(loss_inputs(z, teacher, [0] * 6)).value.sum().backward()
+        gradients.append(z.grad.double())
+    scale = gradients[1].abs().amax(1, keepdim=True)
+    assert ((gradients[0] - gradients[1]).abs() <= 1e-5 * scale).all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "none"])
+def test_equal_distributions_on_a_partial_support_give_zero_and_no_gradient(name, tail):
+    logits = random_logits(n=3, v=40, seed=32)
+    supports = [[4], [5, 0], [6, 2, 1, 3]]
+    z = logits.clone().requires_grad_()
+    inputs = loss_inputs(z, exact_rows(log_softmax(logits), supports, [4, 0, 3]), [4, 0, 3])
+    value = build(name, tail=tail).per_token(inputs).value
+    assert torch.allclose(value, torch.zeros(3).double(), atol=1e-14)
+    value.sum().backward()
+    if tail == "none":
+        assert z.grad.isfinite().all()  # truncated sums have their minimum elsewhere
+    else:
+        assert z.grad.abs().max() < 1e-14
+
+
 def test_metrics_of_a_divergence_match_numpy():
     log_p, z = log_softmax(random_logits(seed=18)), random_logits(v=V + 1, seed=19)
     supports, targets = [[4], [5, 0], [6, 2, 1, 3], [0, 1, 2, 3]], [4, 0, 3, 3]
