@@ -25,7 +25,7 @@ from teacher_server.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
     from teacher_api.types import TeacherInfo
-    from teacher_server.backends.base import ScoringBackend
+    from teacher_server.backends.base import ModelFacts, ScoringBackend
     from teacher_server.grpc_api import GrpcServer
 
 CLOSE_S = 10.0  # for the backend to free its model, after the last call has ended
@@ -41,32 +41,57 @@ class StartError(Exception):
 def run(config: ServerConfig) -> int:
     """Serves until SIGTERM or SIGINT. The exit status: 0 after a drain, 1 when the server could not start."""
     try:
-        status = asyncio.run(App(config).run())
+        return asyncio.run(_until_signalled(config))
     except StartError as error:
         print(f"teacher-serve: error: {error}", file=sys.stderr)
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if _busy_threads():
-        os._exit(status)  # a forward or a load that can't be interrupted must not keep the process
-    return status
+        _leave_if_busy(1)
+        return 1
 
 
-def _busy_threads() -> bool:
-    return any(thread is not threading.main_thread() for thread in threading.enumerate())
+async def _until_signalled(config: ServerConfig) -> int:
+    app = App(config)
+    app.lifecycle.handle_signals()
+    await app.run()
+    _leave_if_busy(0)
+    return 0
+
+
+def _leave_if_busy(status: int) -> None:
+    """Ends the process here when a thread still runs: a load or a forward that can't be interrupted must not keep it.
+    Everything that needs an orderly end has had it."""
+    if any(thread is not threading.main_thread() for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 class App:
-    def __init__(self, config: ServerConfig) -> None:
+    """One server in the running event loop.
+
+    Args:
+        create: makes the backend, in a thread; None: the one that `config` asks for.
+        announce: gets the ready line's facts, in the event loop.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        create: Callable[[ServerConfig], ScoringBackend] | None = None,
+        announce: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self._config = config
-        self._lifecycle = Lifecycle(stall_s=config.stall_s, high_water=config.high_water)
-        self._front = Front(self._lifecycle)
+        self._create = create or _create
+        self._tell = announce or self._print_ready
+        self.lifecycle = Lifecycle(stall_s=config.stall_s, high_water=config.high_water)
+        self._front = Front(self.lifecycle)
         self._backend: ScoringBackend | None = None
         self._grpc: GrpcServer | None = None
         self._http_url = ""
+        self._ended_well = False  # all calls ended before the grace did, so that the engine is idle
 
-    async def run(self) -> int:
-        self._lifecycle.handle_signals()
+    async def run(self) -> None:
+        """Serves until `lifecycle.begin_drain` is called. Raises StartError."""
         listener = _listen(self._config.host, self._config.http_port)
         self._http_url = _url("http", self._config.host, listener.getsockname()[1])
         http = _HttpServer(
@@ -82,14 +107,13 @@ class App:
         )
         serving_http = asyncio.create_task(http.serve(sockets=[listener]))
         serving = asyncio.create_task(self._serve())
-        draining = asyncio.create_task(self._lifecycle.drain.wait())
+        draining = asyncio.create_task(self.lifecycle.drain.wait())
         try:
             await asyncio.wait({serving, draining, serving_http}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
                 raise StartError("the scheduler ended by itself; this is a bug")
-            await self._drain(http, serving_http)
-            return 0
+            self._ended_well = await self._drain(http, serving_http)
         finally:
             http.should_exit = http.force_exit = True
             serving.cancel()
@@ -106,53 +130,65 @@ class App:
 
             logs.configure(self._config.log_format, self._config.log_level)
             keys = KeyRing([key.get_secret_value() for key in self._config.api_keys])
-            core = service.TeacherService(self._config, self._lifecycle)
+            core = service.TeacherService(self._config, self.lifecycle)
             self._front.inner = http_api.build(core, keys)
-            self._grpc = grpc_api.GrpcServer(core, self._lifecycle, keys)
+            self._grpc = grpc_api.GrpcServer(core, self.lifecycle, keys)
             await self._grpc.start(self._config.host, self._config.grpc_port)
             announcing = asyncio.create_task(self._announce(core))
             try:
-                self._backend = await in_thread(lambda: _create(self._config))
-                facts = await in_thread(self._backend.load)
+                facts = await self._load()
+                assert self._backend is not None, "loaded"
                 await core.serve(self._backend, facts)
             finally:
                 announcing.cancel()
         except (ValueError, OSError) as error:
             raise StartError(" ".join(str(error).split())) from error
 
+    async def _load(self) -> ModelFacts:
+        try:
+            self._backend = await in_thread(lambda: self._create(self._config))
+            return await in_thread(self._backend.load)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # the boundary to foreign code: a broken checkpoint may raise anything
+            first = (str(error).strip().splitlines() or ["no message"])[0]
+            raise StartError(f"cannot load {self._config.model!r}: {type(error).__name__}: {first[:300]}") from error
+
     async def _announce(self, core: Any) -> None:
-        await self._lifecycle.ready.wait()
+        await self.lifecycle.ready.wait()
         assert self._grpc is not None, "ready without gRPC"
         info: TeacherInfo = core.info
-        grpc_url = _url("grpc", self._config.host, self._grpc.port)
-        print(
-            f"ready {grpc_url} {self._http_url} model={info.model_name} fingerprint={info.fingerprint}",
-            flush=True,
-        )
+        ready = {
+            "grpc_url": _url("grpc", self._config.host, self._grpc.port),
+            "http_url": self._http_url,
+            "model": info.model_name,
+            "fingerprint": info.fingerprint,
+            "pid": os.getpid(),
+        }
+        self._tell(ready)
+
+    def _print_ready(self, ready: dict[str, Any]) -> None:
+        """The ready line, and the file for a parent that waits: it appears whole or not at all."""
+        print("ready {grpc_url} {http_url} model={model} fingerprint={fingerprint}".format_map(ready), flush=True)
         if self._config.announce_file:
-            ready = {
-                "grpc_url": grpc_url,
-                "http_url": self._http_url,
-                "model": info.model_name,
-                "fingerprint": info.fingerprint,
-                "pid": os.getpid(),
-            }
             path = Path(self._config.announce_file)
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             partial.write_text(json.dumps(ready) + "\n")
             partial.replace(path)
 
-    async def _drain(self, http: uvicorn.Server, serving_http: asyncio.Task[None]) -> None:
-        """The probes say no already. Serve on for a while, then stop both transports under one grace."""
-        quick = asyncio.create_task(self._lifecycle.quick_exit.wait())
+    async def _drain(self, http: uvicorn.Server, serving_http: asyncio.Task[None]) -> bool:
+        """The probes say no already. Serve on for a while, then stop both transports under one grace. True when
+        nothing had to be cut off."""
+        quick = asyncio.create_task(self.lifecycle.quick_exit.wait())
         try:
-            if self._lifecycle.ready.is_set():
+            if self.lifecycle.ready.is_set():
                 await asyncio.wait({quick}, timeout=self._config.lame_duck_s)
-            self._lifecycle.closed.set()
+            self.lifecycle.closed.set()
             http.should_exit = True
             stopping: set[asyncio.Task[Any]] = {serving_http}
             if self._grpc is not None:
                 stopping.add(asyncio.create_task(self._grpc.stop(self._config.grace_s)))
+            started = asyncio.get_running_loop().time()
             ended = asyncio.create_task(asyncio.wait(stopping))
             either: set[asyncio.Task[Any]] = {quick, ended}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -160,12 +196,14 @@ class App:
                 http.force_exit = True
                 if self._grpc is not None:
                     await asyncio.wait({asyncio.create_task(self._grpc.stop(0))}, timeout=QUICK_S)
+                return False
+            return asyncio.get_running_loop().time() - started < self._config.grace_s
         finally:
             quick.cancel()
 
     async def _close_backend(self) -> None:
         if self._backend is not None:
-            limit_s = QUICK_S if self._lifecycle.quick_exit.is_set() else CLOSE_S
+            limit_s = CLOSE_S if self._ended_well else QUICK_S
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._backend.close(), limit_s)
 

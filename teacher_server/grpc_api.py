@@ -87,7 +87,7 @@ class GrpcServer:
 
 def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
     async def get_info(request: bytes, context: Any) -> Any:
-        async def work(request_id: str) -> bytes:
+        async def work(_: str) -> bytes:
             return info_api.to_proto(service.info).SerializeToString()
 
         return await _answered(context, work)

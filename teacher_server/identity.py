@@ -21,7 +21,7 @@ def teacher_info(config: ServerConfig, features: frozenset[str], facts: ModelFac
             engine=facts.engine,
             engine_version=facts.engine_version,
         ),
-        model_name=config.model_name or facts.model_name,
+        model_name=config.display_name,
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         tokenizer_size=facts.tokenizer_size,
         logit_width=facts.logit_width,

@@ -3,12 +3,17 @@ asked for, so that a missing or slow one costs nothing."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from teacher_server.backends.base import ScoringBackend
 from teacher_server.config import ServerConfig
 
 
 def create(config: ServerConfig) -> ScoringBackend:
-    """The backend that `config` asks for, not loaded yet. Raises ValueError when its libraries are missing."""
+    """The backend that `config` asks for, not loaded yet. Raises ValueError when its libraries are missing, or
+    the model's directory is: before the seconds that importing an engine takes."""
+    if config.model.startswith(("/", ".", "~")) and not Path(config.model).expanduser().is_dir():
+        raise ValueError(f"model {config.model!r} is not a directory; expected a checkpoint directory or a hub id")
     makers = {"torch": _torch, "vllm": _vllm, "fake": _fake}
     try:
         backend = makers[config.backend](config)
