@@ -8,6 +8,7 @@ twice; an answer that fails a check is never handed out.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import stamina
+from stamina.instrumentation import RetryDetails
 
 from teacher_api import wire
 from teacher_api.errors import CorruptResponse, DeadlineExceeded, FingerprintMismatch, TeacherError, Unavailable
@@ -25,6 +27,8 @@ from teacher_api.v1 import teacher_pb2 as pb
 
 T = TypeVar("T")
 Answers = dict[str, Scores | TeacherError]
+
+_log = logging.getLogger("teacher_api")
 
 FILL = 0.5
 """Share of a teacher's stated limits that we fill: our estimate of a message need not be the server's."""
@@ -160,6 +164,16 @@ async def _retrying(once: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
             raise DeadlineExceeded(f"no answer within the call's {deadline.timeout_s:g} s") from None
         raise _gave_up(tried[-1], deadline) from tried[-1]
     raise AssertionError("stamina ended without a result")
+
+
+def log_retries_plainly() -> None:
+    """Makes every retry one line of Python's own logging (logger `teacher_api`, level INFO). For the main function of a
+    program: the setting is the whole process'."""
+
+    def log(details: RetryDetails) -> None:
+        _log.info("%s; trying again in %.1f s", details.caused_by, details.wait_for)
+
+    stamina.instrumentation.set_on_retry_hooks([log])
 
 
 def _gave_up(last: TeacherError, deadline: Deadline) -> TeacherError:
