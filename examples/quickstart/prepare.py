@@ -22,6 +22,8 @@ from examples.quickstart.tokenizer import make_tokenizer
 
 TEACHER_STREAM, STUDENT_STREAM, PROMPT_STREAM = 1, 2, 3
 """Streams of problems: the distillation's prompts are not those that either model was pre-trained on."""
+NUM_CHECK = 192
+"""Tuning problems by which pre-training is watched, and the student's ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,9 @@ def _train(name: str, recipe: Recipe, tokenizer: Any, seed: int, stream: int, co
             solved = metrics.get("solved", solved)
             progress.update(bar, completed=step, note=f"loss {metrics['loss']:.3f}  solves {solved:.0%}")
 
-        model = pretrain.train(recipe, tokenizer, seed=seed, stream=stream, progress=heard)
+        examples = task.problems("train", recipe.steps * recipe.batch_sequences, seed, stream)
+        check = task.problems("tuning", NUM_CHECK, seed)
+        model = pretrain.train(recipe, tokenizer, examples, check, seed=seed, progress=heard)
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"  {name}: {size / 1e6:.2f}M parameters, writes {solved:.0%} of the tuning problems' solutions")
     return model

@@ -7,7 +7,7 @@ Shape legend: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from examples.quickstart import task
 
 IGNORED = -100
-NUM_CHECK = 192  # tuning problems of an accuracy check; one forward, 0.1 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,8 @@ class Recipe:
     check_every: int = 10
 
 
-TEACHER = Recipe(layers=4, hidden=128, heads=4, feed_forward=384, steps=500, stop_at_accuracy=2.0)
-STUDENT = Recipe(layers=3, hidden=96, heads=3, feed_forward=256, steps=400, stop_at_accuracy=0.15, check_every=5)
+TEACHER = Recipe(layers=4, hidden=128, heads=4, feed_forward=384, steps=500)
+STUDENT = Recipe(layers=3, hidden=96, heads=3, feed_forward=256, steps=300, stop_at_accuracy=0.15, check_every=5)
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
@@ -66,7 +65,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
     )
 
 
-def encode(problems: list[task.Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+def encode(problems: Sequence[task.Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """Right-padded ids [B, T] and targets [B, T]: the next token where it belongs to the solution (its end included),
     IGNORED elsewhere."""
     prompts = tokenizer([task.prompt_text(p) for p in problems])["input_ids"]
@@ -110,16 +109,23 @@ def _optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> list[torch.optim.Opt
 def train(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[task.Problem],
+    check: Sequence[task.Problem],
     *,
     seed: int,
-    stream: int,
     progress: Callable[[int, dict[str, float]], Any] = lambda step, metrics: None,
 ) -> Qwen3ForCausalLM:
-    """Trains a new model by cross-entropy on the solutions of training problems; `stream` keeps the problems of
-    different models apart. `progress(step, metrics)` hears of each step."""
+    """Trains a new model by cross-entropy on the solutions of `examples`, each seen once, and watches `check`.
+    `progress(step, metrics)` hears of each step.
+
+    Raises:
+        ValueError: fewer than steps * batch_sequences examples.
+    """
+    needed = recipe.steps * recipe.batch_sequences
+    if len(examples) < needed:
+        raise ValueError(f"got {len(examples)} examples, expected {needed} for {recipe.steps} steps")
     model = new_model(recipe, tokenizer, seed)
-    examples = task.problems("train", recipe.steps * recipe.batch_sequences, seed, stream)
-    check = encode(task.problems("tuning", NUM_CHECK, seed), tokenizer)
+    checked = encode(check, tokenizer)
     optimizers = _optimizers(model, recipe)
     peaks = [o.param_groups[0]["lr"] for o in optimizers]
     model.train()
@@ -135,7 +141,7 @@ def train(
             optimizer.zero_grad()
         metrics = {"loss": float(loss.detach())}
         if (step + 1) % recipe.check_every == 0 or step + 1 == recipe.steps:
-            metrics["solved"] = share_solved(model, *check)
+            metrics["solved"] = share_solved(model, *checked)
         progress(step + 1, metrics)
         if metrics.get("solved", 0.0) >= recipe.stop_at_accuracy:
             break
