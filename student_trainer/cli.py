@@ -115,6 +115,8 @@ def _rank(command: Command, url: str = "") -> int:
                 return 0
             for warning in prepared.warnings:
                 prepared.console.say(f"warning: {warning}")
+            if prepared.step == config.train.steps:
+                prepared.console.say(f"all {prepared.step} steps are done already: {prepared.start.checkpoint}")
             prepared.begin()
         except scoring.TeacherGone as error:
             return _say(error, TEACHER_GONE)

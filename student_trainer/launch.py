@@ -44,7 +44,8 @@ def local_teacher(config: TeacherConfig) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="teacher-") as folder:
         announced = Path(folder) / "ready.json"
         command = [sys.executable, "-m", "teacher_server", "--model", config.model, "--http-port", "0"]
-        command += ["--grpc-port", "0", "--announce-file", str(announced), *config.serve_args]
+        command += ["--grpc-port", "0", "--announce-file", str(announced)]
+        command += ["--lame-duck-s", "0", *config.serve_args]  # nobody else has to be told that it goes away
         key = config.api_key.get_secret_value()
         if key:
             environment["TEACHER_API_KEYS"] = json.dumps([key])

@@ -203,14 +203,12 @@ def _prepare(model: Any, config: StudentConfig) -> None:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Any:
-    """Loading without transformers' own bars and notes: the console shows one line instead."""
+    """Loading without transformers' own notes. Its bars stay off for good: they would write into ours."""
     logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

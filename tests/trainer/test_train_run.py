@@ -1,0 +1,297 @@
+"""`student-train` against a real `teacher-serve`: what a run leaves behind, and how every refusal reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tinymodels import save_tiny
+from training import PROMPTS, TeacherProcess, arguments, assert_same_bits, metrics, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from student_trainer import cli
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Two teachers' and two students' checkpoints, and a file of prompts."""
+    place = tmp_path_factory.mktemp("place")
+    save_tiny(place / "teacher", seed=1, scale=2.5)
+    save_tiny(place / "other_teacher", seed=5, scale=2.5)
+    save_tiny(place / "student", seed=2)
+    save_tiny(place / "other_tokenizer", seed=2, tokenizer_size=117)
+    (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    problems = [{"question": text, "answer": "never said"} for text in PROMPTS]
+    (place / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    return place
+
+
+@pytest.fixture(scope="module")
+def teachers(place) -> Iterator[dict[str, TeacherProcess]]:
+    served = {
+        name: TeacherProcess(place / f"serve_{name}", place / name, "--reference", "--max-top-k=32")
+        for name in ("teacher", "other_teacher")
+    }
+    try:
+        for one in served.values():
+            one.begin()
+        for one in served.values():
+            one.wait()
+        yield served
+    finally:
+        for one in served.values():
+            one.stop()
+
+
+@pytest.fixture(autouse=True)
+def _own_torch_settings() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(place, teachers, tmp_path) -> Callable[..., tuple[int, Path]]:
+    """Runs the command in this process; (exit code, output directory)."""
+
+    def run(*more: str, url: str = teachers["teacher"].url, name: str = "run") -> tuple[int, Path]:
+        argv = arguments(tmp_path / name, place / "student", place / "prompts.txt", url, *more)
+        return cli.run(argv), tmp_path / name
+
+    return run
+
+
+# -- what a run leaves
+
+
+def test_a_run_leaves_a_student_that_plain_transformers_loads(train, place) -> None:
+    code, run_dir = train()
+    assert code == 0
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "final")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "final")
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(place / "student").get_vocab()
+    before = AutoModelForCausalLM.from_pretrained(place / "student").state_dict()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "delta", "grad_norm", "learning_rate", "seconds_sample", "seconds_score", "seconds_learn"} <= set(
+        lines[0]
+    )
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["optim"]["learning_rate"] == 0.002
+    assert_same_bits(run_dir / "final", run_dir / "checkpoints" / "step-00000006")
+
+
+def test_transports_and_packing_of_requests_leave_no_trace(train, teachers) -> None:
+    http_url = teachers["teacher"].http_url
+    _, grpc = train(name="grpc")
+    code, http = train("teacher.request_sequences=1", "teacher.max_concurrency=1", url=http_url, name="http")
+    assert code == 0
+    assert_same_bits(grpc / "final", http / "final")
+
+
+def test_the_same_command_again_finds_nothing_to_do(train, capfd) -> None:
+    _, run_dir = train()
+    lines = metrics(run_dir)
+    capfd.readouterr()
+    code, _ = train()
+    assert code == 0
+    assert "all 6 steps are done" in capfd.readouterr().err
+    assert metrics(run_dir) == lines
+
+
+def test_a_longer_run_goes_on_from_the_shorter_one(train) -> None:
+    _, whole = train(name="whole")
+    train("--steps=4", name="parts")
+    code, parts = train(name="parts")
+    assert code == 0
+    assert_same_bits(whole / "final", parts / "final")
+    assert [line["step"] for line in metrics(parts)] == [1, 2, 3, 4, 5, 6]
+
+
+def mean_kl(student: Path, teacher: Path, prompts: list[str]) -> float:
+    """KL(student‖teacher) per token in float64, by definition, on the student's own greedy text."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    q_model = AutoModelForCausalLM.from_pretrained(student).double().eval()
+    p_model = AutoModelForCausalLM.from_pretrained(teacher).double().eval()
+    values = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            ids = q_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+            log_q, log_p = (m(ids).logits[0].log_softmax(-1) for m in (q_model, p_model))
+        values.append(float((log_q.exp() * (log_q - log_p)).sum(-1).mean()))
+    return sum(values) / len(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loss",
+    [["loss.objective=reverse_kl", "teacher.top_k=all"], ["loss.objective=forward_kl", "teacher.top_k=16"]],
+    ids=lambda loss: loss[0],
+)
+def test_the_student_moves_towards_the_teacher(loss: list[str], train, place) -> None:
+    settings = ["--steps=40", "train.batch_size=8", "optim.learning_rate=0.02", "checkpoint.save_every=0"]
+    code, run_dir = train(*settings, *loss)
+    assert code == 0
+    before = mean_kl(place / "student", place / "teacher", PROMPTS)
+    after = mean_kl(run_dir / "final", place / "teacher", PROMPTS)
+    assert after < 0.6 * before
+    lines = metrics(run_dir)
+    assert sum(line["loss"] for line in lines[-5:]) < 0.7 * sum(line["loss"] for line in lines[:5])
+
+
+def test_evaluation_comes_before_during_and_after(train, place) -> None:
+    problems = place / "problems.jsonl"
+    code, run_dir = train("eval.every=4", f"eval.data.source={problems}", "eval.task=exact_match", "eval.num_prompts=3")
+    assert code == 0
+    evaluated = [(line["step"], line["eval_accuracy"]) for line in metrics(run_dir) if "eval_accuracy" in line]
+    assert evaluated == [(0, 0.0), (4, 0.0), (6, 0.0)]
+
+
+def test_evaluation_does_not_touch_the_run(train, place) -> None:
+    _, plain = train(name="plain")
+    problems = place / "problems.jsonl"
+    _, evaluated = train("eval.every=1", f"eval.data.source={problems}", name="evaluated")
+    assert_same_bits(plain / "final", evaluated / "final")
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(train) -> None:
+    _, one = train(name="one")
+    code, two = train("--num-processes=2", name="two")
+    assert code == 0
+    a, b = (torch.cat([t.reshape(-1) for t in weights(d / "final").values()]).double() for d in (one, two))
+    assert float((a - b).norm() / a.norm()) < 1e-5
+    for left, right in zip(metrics(one), metrics(two), strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-3)
+        assert right["tokens"] == left["tokens"]
+
+
+@pytest.mark.slow
+def test_a_local_teacher_is_started_and_stopped(place, tmp_path, capfd) -> None:
+    argv = arguments(tmp_path / "run", place / "student", place / "prompts.txt", "")
+    argv = [a for a in argv if not a.startswith("--teacher-url")]
+    code = cli.run([*argv, f"--teacher-model={place / 'teacher'}", 'teacher.serve_args=["--reference"]', "--steps=1"])
+    assert code == 0
+    ready = re.search(r"ready grpc://127\.0\.0\.1:(\d+)", capfd.readouterr().err)
+    assert ready is not None
+    assert cli.run([*arguments(tmp_path / "again", place / "student", place / "prompts.txt", f"grpc://127.0.0.1:{ready[1]}"),
+                    "teacher.start_timeout_s=0.3"]) == 75  # fmt: skip
+
+
+# -- looking without touching
+
+
+def test_dry_run_scores_a_sequence_and_writes_nothing(train, capsys) -> None:
+    code, run_dir = train("--dry-run")
+    assert code == 0
+    shown = capsys.readouterr().out
+    for words in ("19,648 parameters", "scored one sequence", "memory", "optimizer 154 KiB", "6 of 6 to do"):
+        assert words in shown
+    assert not run_dir.exists()
+
+
+def test_print_config_is_yaml_that_gives_itself_again(train, capsys, tmp_path) -> None:
+    code, run_dir = train("--print-config", "teacher.api_key=hush-hush")
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert "hush-hush" not in shown
+    values = yaml.safe_load(shown)
+    assert (values["train"]["steps"], values["loss"]["objective"]) == (6, "reverse_kl")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(values))
+    assert cli.run([f"--config={tmp_path / 'again.yaml'}", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == values
+    assert not run_dir.exists()
+
+
+# -- refusals: one line, the right exit code, nothing written
+
+REFUSALS: list[tuple[list[str], str]] = [
+    (["optim.lerning_rate=1"], "optim.learning_rate"),
+    (["--train.batch_sise=1"], "train.batch_size"),
+    (["loss.objective=revers_kl"], "reverse_kl"),
+    (["optim.learning_rate=-1"], "optim.learning_rate"),
+    (["train.steps=many"], "train.steps"),
+    (["--prompts=nowhere.txt"], "nowhere.txt"),
+    (["--student=./nowhere"], "not a directory"),
+    (["student.device=gpu"], "student.device"),
+    (["--config=nowhere.yaml"], "nowhere.yaml"),
+    (["--student={place}/other_tokenizer"], "different tokenizers"),
+    (["teacher.top_k=33"], "at most 32"),
+    (["rollout.max_new_tokens=500"], "positions for 128"),
+    (["eval.every=1"], "eval.data"),
+    (["eval.every=1", "eval.data.source={place}/prompts.txt"], "have no answer"),
+    (["checkpoint.resume={place}"], "not a whole checkpoint"),
+    (["--teacher-model=x"], "got both"),
+]
+
+
+@pytest.mark.parametrize(("more", "words"), REFUSALS, ids=lambda value: str(value)[:40])
+def test_refusals_are_one_line_and_leave_nothing(more, words, train, place, capfd) -> None:
+    code, run_dir = train(*[argument.format(place=place) for argument in more])
+    said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert code == 2
+    assert len(said) == 1, said
+    assert said[0].startswith("student-train: ")
+    assert words in said[0]
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("url", ["grpc://127.0.0.1:9", "http://127.0.0.1:9"])
+def test_a_teacher_that_is_not_there_is_named_with_the_wait(url: str, train, capfd) -> None:
+    code, run_dir = train("teacher.start_timeout_s=0.3", url=url)
+    said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert code == 75
+    assert len(said) == 1
+    assert f"no teacher at {url} for" in said[0]
+    assert not run_dir.exists()
+
+
+def test_another_teacher_is_refused_until_it_is_accepted(train, teachers, capfd) -> None:
+    train("--steps=2")
+    other = teachers["other_teacher"].url
+    capfd.readouterr()
+    code, run_dir = train(url=other)
+    said = capfd.readouterr().err
+    assert code == 2
+    assert "--accept-new-teacher" in said
+    first, second = re.findall(r"[0-9a-f]{32}", said)
+    assert first != second
+    assert len(metrics(run_dir)) == 2
+    assert train("--accept-new-teacher", url=other)[0] == 0
+    assert len(metrics(run_dir)) == 6
+
+
+def test_another_experiment_is_refused_in_the_same_directory(train, capfd) -> None:
+    train("--steps=2")
+    capfd.readouterr()
+    code, _ = train("train.seed=7")
+    assert code == 2
+    assert "train.seed: 0 -> 7" in capfd.readouterr().err
+
+
+def test_the_key_from_the_environment_reaches_the_teacher(train, monkeypatch) -> None:
+    monkeypatch.setenv("STUDENT_TEACHER__API_KEY", "unused-but-sent")
+    assert train("--steps=1")[0] == 0
+
+
+def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics without wall-clock seconds."""
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def test_a_run_is_a_function_of_its_seed(train) -> None:
+    _, first = train(name="first")
+    _, second = train(name="second")
+    _, third = train("train.seed=7", name="third")
+    assert_same_bits(first / "final", second / "final")
+    assert numbers(metrics(first)) == numbers(metrics(second))
+    assert numbers(metrics(first)) != numbers(metrics(third))
