@@ -5,9 +5,11 @@ import time
 _STARTED = time.monotonic()  # before the slow imports: they count
 
 import argparse  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from examples.quickstart.run import quickstart  # noqa: E402
@@ -25,6 +27,8 @@ def main() -> int:
     if arguments.seed < 0:
         parser.error(f"--seed {arguments.seed} is negative")
     console = Console()
+    transformers.utils.logging.disable_progress_bar()  # of shards and weights: ours are enough
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the teacher is stopped on the way out
     try:
         quickstart(
             FAST if arguments.fast else FULL, arguments.seed, arguments.output, arguments.cache, _STARTED, console

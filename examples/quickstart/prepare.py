@@ -41,8 +41,12 @@ class Prepared:
     def student(self) -> Path:
         return self.folder / "student"
 
+    @property
+    def problems_folder(self) -> Path:
+        return self.folder / "problems"
+
     def problems(self, split: task.Split) -> Path:
-        return self.folder / f"{split}.jsonl"
+        return self.problems_folder / f"{split}.jsonl"
 
 
 def prepare(settings: Settings, seed: int, cache: Path, console: Console) -> Prepared:
@@ -53,7 +57,7 @@ def prepare(settings: Settings, seed: int, cache: Path, console: Console) -> Pre
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
     try:
-        _write_problems(settings, seed, partial)
+        _write_problems(settings, seed, partial / "problems")
         tokenizer = make_tokenizer(seed)
         for name, recipe, stream in (
             ("teacher", settings.teacher, TEACHER_STREAM),
@@ -74,10 +78,11 @@ def _write_problems(settings: Settings, seed: int, folder: Path) -> None:
         "tuning": settings.num_tuning,
         "report": settings.num_report,
     }
+    folder.mkdir()
     for split, count in counts.items():
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for problem in task.problems(split, count, seed, PROMPT_STREAM):
-                line = {"question": problem.question}
+                line = {"prompt": task.prompt_text(problem)}
                 if split != "train":
                     line["answer"] = str(problem.answer)
                 file.write(json.dumps(line) + "\n")

@@ -16,7 +16,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from teacher_api.client import TeacherClient
 
 from examples.quickstart import measure, services
 from examples.quickstart.page import make_report
@@ -24,12 +23,13 @@ from examples.quickstart.prepare import Prepared, prepare
 from examples.quickstart.services import QuickstartError
 from examples.quickstart.settings import Settings
 from student_trainer.evaluate import EvalResult
-from student_trainer.report import curves, html
+from student_trainer.report import compare, curves, html
 from student_trainer.report.model import Comparison
 from student_trainer.tracking import METRICS_FILE, read_metrics
+from teacher_api.client import TeacherClient
 
 RECIPE = Path("recipes/quickstart.yaml")
-RUN, TEACHER_LOG = "distillation", "teacher-serve.log"
+RUN, PROBLEMS, TEACHER_LOG = "distillation", "problems", "teacher-serve.log"
 SIDES = ("teacher", "student_before", "student_after")
 
 
@@ -74,7 +74,7 @@ def quickstart(settings: Settings, seed: int, output: Path, cache: Path, started
         watch.lap("distil")
 
         console.rule("3  Held-out problems that neither training nor any choice has seen", align="left")
-        _copy_checkpoints(prepared, run_dir, output)
+        _copy_inputs(prepared, run_dir, output)
         results, comparisons = _measure(settings, prepared, output, url, console)
     watch.lap("evaluate")
     _write(output, run_dir, seed, prepared, results, comparisons, watch)
@@ -95,8 +95,11 @@ def _clear(output: Path) -> Path:
 def _announce(prepared: Prepared, console: Console) -> None:
     if prepared.from_cache:
         console.print(f"  pre-trained before, found in {prepared.folder}")
-    example = json.loads(prepared.problems("train").read_text(encoding="utf-8").split("\n", 1)[0])
-    console.print(f"  a prompt, without its answer: {example['question']}", highlight=False)
+    with prepared.problems("train").open(encoding="utf-8") as file:
+        prompt = json.loads(file.readline())["prompt"].strip()
+    console.print(
+        f"  a prompt of the distillation, which has no answers: [i]{prompt}[/i]", highlight=False, soft_wrap=True
+    )
 
 
 def _train_arguments(url: str, prepared: Prepared, run_dir: Path, seed: int) -> list[str]:
@@ -109,9 +112,10 @@ def _overrides(settings: Settings, prepared: Prepared) -> dict[str, str]:
     return {"eval.data.source": str(prepared.problems("tuning")), **settings.overrides}
 
 
-def _copy_checkpoints(prepared: Prepared, run_dir: Path, output: Path) -> None:
-    """Puts the three checkpoints beside the results, each replaced whole."""
-    for name, source in zip(SIDES, (prepared.teacher, prepared.student, run_dir / "final"), strict=True):
+def _copy_inputs(prepared: Prepared, run_dir: Path, output: Path) -> None:
+    """Puts the three checkpoints and the problems beside the results, each folder replaced whole."""
+    folders = (prepared.teacher, prepared.student, run_dir / "final", prepared.problems_folder)
+    for name, source in zip((*SIDES, PROBLEMS), folders, strict=True):
         partial = output / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)
@@ -123,8 +127,8 @@ def _measure(
     settings: Settings, prepared: Prepared, output: Path, url: str, console: Console
 ) -> tuple[dict[str, EvalResult], list[Comparison]]:
     """Accuracy of each checkpoint as it was saved, and the completions for the report."""
-    checkpoints = {name: measure.load(output / name) for name in SIDES}
-    prompts = measure.held_out(prepared.problems("report"), checkpoints["teacher"].tokenizer)
+    checkpoints = {name: compare.load(output / name, measure.MAX_NEW_TOKENS) for name in SIDES}
+    prompts = measure.held_out(prepared.problems("report"), checkpoints["teacher"].student.tokenizer)
     results = {}
     for name, checkpoint in checkpoints.items():
 
@@ -135,12 +139,8 @@ def _measure(
         results[name] = measure.accuracy(checkpoint, prompts, shown)
     students = SIDES[1:]
     with TeacherClient(url) as client:
-        comparisons = measure.compare(
-            [checkpoints[name] for name in students],
-            prompts[: settings.num_shown],
-            [results[name] for name in students],
-            client,
-        )
+        shown_prompts = prompts[: settings.num_shown]
+        comparisons = compare.compare([checkpoints[name] for name in students], shown_prompts, measure.TASK, client)
     return results, comparisons
 
 
@@ -189,11 +189,14 @@ def _conclude(output: Path, results: dict[str, EvalResult], watch: Stopwatch, co
     console.print(f"{recovered}{watch.total_s:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in watch.stages.items())})")
     commands = (
         f"teacher-serve --model {output}/teacher",
-        f"student-train --config {RECIPE} --teacher-url grpc://127.0.0.1:8301 --student {output}/student_before "
-        f"--prompts FILE eval.every=0 loss.objective=forward_kl",
         "teacher-check grpc://127.0.0.1:8301",
+        f"student-train --config {RECIPE} --teacher-url grpc://127.0.0.1:8301 --student {output}/student_before "
+        f"--prompts {output}/{PROBLEMS}/train.jsonl --output-dir {output}/forward-kl loss.objective=forward_kl "
+        f"eval.data.source={output}/{PROBLEMS}/tuning.jsonl",
+        f"student-eval --model {output}/forward-kl/final --data {output}/{PROBLEMS}/report.jsonl",
+        f"python -m student_trainer.report --run {output}/forward-kl --teacher-url grpc://127.0.0.1:8301",
     )
-    console.print(f"\nLook at it:  {output}/report.html\nNext, with the programs of .venv/bin:", highlight=False)
+    console.print(f"\nLook at it:  {output}/report.html\nNext, with .venv/bin in your PATH:", highlight=False)
     for command in commands:
         services.show(console, command.split())
     console.print("For a real pair of models see README.md; what this run shows and does not: docs/quickstart.md")
