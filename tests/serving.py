@@ -34,10 +34,11 @@ class Server:
     fingerprint: str
     backend: Any = None
     loop: Any = field(default=None, repr=False)
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(verify=False, timeout=60), repr=False)
 
     def info(self) -> pb.TeacherInfo:
         return pb.TeacherInfo.FromString(
-            httpx.get(f"{self.http_url}/v1/info", headers={"accept": PROTOBUF_TYPE}).content
+            self.http.get(f"{self.http_url}/v1/info", headers={"accept": PROTOBUF_TYPE}).content
         )
 
     def drain(self) -> None:
@@ -84,7 +85,7 @@ def serving(
         assert known.wait(START_S), "the server did not become ready"
         if failed:
             raise failed[0]
-        yield Server(
+        server = Server(
             app=holder["app"],
             http_url=ready["http_url"],
             grpc_target=ready["grpc_url"].removeprefix("grpc://"),
@@ -92,6 +93,8 @@ def serving(
             backend=made[-1],
             loop=holder["loop"],
         )
+        with server.http:
+            yield server
     finally:
         with contextlib.suppress(RuntimeError):
             holder["loop"].call_soon_threadsafe(holder["app"].lifecycle.begin_drain)
@@ -133,7 +136,7 @@ def _question(request: ScoreRequest, completion: Any, fingerprint: str, size: in
 def post(server: Server, request: ScoreRequest | pb.ScoreRequest | bytes, **headers: str) -> httpx.Response:
     message = wire.encode_request(request) if isinstance(request, ScoreRequest) else request
     body = message if isinstance(message, bytes) else message.SerializeToString()
-    return httpx.post(f"{server.http_url}/v1/score", content=body, headers={**PROTOBUF, **headers}, timeout=60)
+    return server.http.post(f"{server.http_url}/v1/score", content=body, headers={**PROTOBUF, **headers})
 
 
 def ask_http(server: Server, request: ScoreRequest, size: int = 512) -> list[Scores | TeacherError]:
@@ -144,7 +147,7 @@ def ask_http(server: Server, request: ScoreRequest, size: int = 512) -> list[Sco
 
 def ask_http_stream(server: Server, request: ScoreRequest, size: int = 512) -> list[Scores | TeacherError]:
     body = wire.encode_request(request).SerializeToString()
-    answer = httpx.post(f"{server.http_url}/v1/score/stream", content=body, headers=PROTOBUF, timeout=60)
+    answer = server.http.post(f"{server.http_url}/v1/score/stream", content=body, headers=PROTOBUF)
     assert answer.status_code == 200, answer.text
     data, frames = answer.content, []
     while data:

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -157,7 +156,7 @@ def test_json_says_the_same_in_numbers(server: Server):
         ],
         "options": {"top_k": 3, "entropy": True, "rank": True},
     }
-    answer = httpx.post(f"{server.http_url}/v1/score", json=asked, timeout=60).json()
+    answer = server.http.post(f"{server.http_url}/v1/score", json=asked).json()
     assert answer["fingerprint"] == server.fingerprint
     for got, expected in zip(answer["results"], ask_grpc(server, request, VOCABULARY), strict=True):
         assert got["positions"] == expected.positions.tolist()
@@ -184,5 +183,5 @@ def test_the_description_is_complete_and_the_same_on_both_transports(server: Ser
     for name in ("weights_digest", "tokenizer_fingerprint", "engine", "engine_version", "scoring_path", "dtype"):
         assert getattr(over_http, name), name
     assert {"top_k", "full_vocabulary", "candidates", "temperature"} <= set(over_http.features)
-    as_json = httpx.get(f"{server.http_url}/v1/info").json()
+    as_json = server.http.get(f"{server.http_url}/v1/info").json()
     assert as_json["fingerprint"] == server.fingerprint
