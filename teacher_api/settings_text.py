@@ -266,7 +266,9 @@ def _one_failure(
         variable = env_prefix + "__".join(path).upper()
         return f"{key}: not set; give --{key.replace('_', '-')}, {variable} or `{key}` in a --config file"
     if failure["type"] == "extra_forbidden":
-        return _unknown_key(cls, tuple(str(p) for p in failure["loc"]), ())
+        unknown = tuple(str(part) for part in failure["loc"])
+        source = _origin(unknown, origins)
+        return (f"{source}: " if source else "") + _unknown_key(cls, unknown, ())
     message = " ".join(failure["msg"].split()).removeprefix("Value error, ")
     named = tuple(message.partition(":")[0].split("."))  # a section's own check may name a key below
     origin = _origin(named if named[: len(path)] == path and path else path, origins)
