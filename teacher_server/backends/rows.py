@@ -24,6 +24,9 @@ Head = Callable[[Tensor], Tensor]  # [n, H] -> logits [n, W]; float32, or taken 
 CHUNK_BYTES = 32 << 20
 """Float32 logits of one chunk: large enough that the product is efficient, small enough to stay out of the way."""
 
+BLOCK = 128
+"""Columns of one block of the top-k search."""
+
 
 @dataclass(slots=True)
 class RowScores:
@@ -87,20 +90,44 @@ def top_k_by_id(logits_nV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values, ids) [n, k] of the k largest entries per row, descending; equal values by ascending id.
 
     torch.topk leaves open which of several equal entries it returns; rows where that matters at the k-th place are
-    sorted in full.
+    sorted in full. Where k is small, only the k blocks of BLOCK columns with the largest maxima are searched: the k
+    largest entries lie in them.
     """
-    if k >= logits_nV.shape[-1]:
+    width = logits_nV.shape[-1]
+    if k >= width:
         values, ids = torch.sort(logits_nV, dim=-1, descending=True, stable=True)
         return values[:, :k], ids[:, :k]
-    values, ids = torch.topk(logits_nV, k, dim=-1)
+    if 2 * k * BLOCK > width:
+        values, ids = torch.topk(logits_nV, k, dim=-1)
+        ties_n = (logits_nV >= values[:, -1:]).sum(-1) > k
+    else:
+        values, ids, ties_n = _top_k_of_blocks(logits_nV, k)
     ids, order = torch.sort(ids, dim=-1)
     values, by_value = torch.sort(values.gather(1, order), dim=-1, descending=True, stable=True)
     ids = ids.gather(1, by_value)
-    ties = (logits_nV >= values[:, -1:]).sum(-1) > k
-    if bool(ties.any()):
-        full_values, full_ids = torch.sort(logits_nV[ties], dim=-1, descending=True, stable=True)
-        values[ties], ids[ties] = full_values[:, :k], full_ids[:, :k]
+    if bool(ties_n.any()):
+        full_values, full_ids = torch.sort(logits_nV[ties_n], dim=-1, descending=True, stable=True)
+        values[ties_n], ids[ties_n] = full_values[:, :k], full_ids[:, :k]
     return values, ids
+
+
+def _top_k_of_blocks(logits_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, ids) [n, k] unordered among equals, and [n]: whether an entry left out equals the k-th."""
+    num_blocks = logits_nV.shape[-1] // BLOCK
+    covered = num_blocks * BLOCK
+    blocks = logits_nV[:, :covered].reshape(-1, num_blocks, BLOCK)
+    maxima = blocks.amax(-1)
+    chosen_nk = maxima.topk(k, dim=-1).indices
+    searched = blocks.gather(1, chosen_nk[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    searched = torch.cat([searched, logits_nV[:, covered:]], dim=-1)
+    values, places = searched.topk(k, dim=-1)
+    in_blocks = places < k * BLOCK
+    block = chosen_nk.gather(1, torch.where(in_blocks, places // BLOCK, 0))
+    ids = torch.where(in_blocks, block * BLOCK + places % BLOCK, places - k * BLOCK + covered)
+    smallest = values[:, -1:]
+    unsearched = maxima.scatter_(1, chosen_nk, -torch.inf).amax(-1, keepdim=True)
+    ties_n = ((searched >= smallest).sum(-1) > k) | (unsearched >= smallest)[:, 0]
+    return values, ids, ties_n
 
 
 def _allocate(num_rows: int, options: ScoreOptions, candidates: Candidates | None, tokenizer_size: int) -> RowScores:

@@ -97,8 +97,9 @@ def _write_cache(path: Path, cache: _Cache) -> None:
     """Writes beside and renames, so that a reader sees the old cache or the new one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as out:
-            json.dump({"files": cache}, out)
-        os.replace(out.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as scratch:
+            written = Path(scratch) / path.name
+            written.write_text(json.dumps({"files": cache}), "utf-8")
+            os.replace(written, path)
     except OSError as error:
         logger.warning("weights digest cache %s not written: %s", path, error)

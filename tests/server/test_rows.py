@@ -172,12 +172,15 @@ def test_rows_without_a_distribution_are_marked() -> None:
     np.testing.assert_array_equal(got.bad, [False, True, True, True, False, False])
 
 
-@pytest.mark.parametrize("k", [1, 3, 15, 16])
-def test_ties_go_to_the_smaller_id(k: int) -> None:
-    values = torch.randint(0, 3, (200, 16), generator=torch.Generator().manual_seed(k)).float()
+@pytest.mark.parametrize("levels", [2, 3, 30, 10_000])
+@pytest.mark.parametrize(("width", "k"), [(16, 1), (16, 3), (16, 15), (16, 16), (1000, 1), (1024, 3), (2000, 7)])
+def test_ties_go_to_the_smaller_id(width: int, k: int, levels: int) -> None:
+    """From rows of all equal entries to rows without ties; narrow, and wide enough to be searched by blocks."""
+    values = torch.randint(0, levels, (60, width), generator=torch.Generator().manual_seed(k)).float()
+    values[0], values[1, 1:], values[2, :-1] = 5.0, -torch.inf, -torch.inf
     got_values, got_ids = top_k_by_id(values, k)
     for row, ids, top in zip(values.tolist(), got_ids.tolist(), got_values.tolist(), strict=True):
-        expected = sorted(range(16), key=lambda i: (-row[i], i))[:k]
+        expected = sorted(range(width), key=lambda i: (-row[i], i))[:k]
         assert ids == expected
         assert top == [row[i] for i in expected]
 
