@@ -273,6 +273,37 @@ def test_tiny_student_tail_is_exact_in_float32():
     assert np.abs(got.log_tail.numpy() - exact).max() < 1e-5
 
 
+@pytest.mark.parametrize("supports", [None, [[0, 2]], [[0, 1, 2, 3]]])
+def test_masked_columns_and_an_empty_tail_stand_at_the_floor_without_gradient(supports):
+    z = torch.tensor([[1.0, -math.inf, -math.inf, 0.5]]).requires_grad_()
+    log_p = log_softmax(np.zeros((1, 4)))
+    got = student_rows(loss_inputs(z, exact_rows(log_p, supports, [0]), [0]))
+    masked = (1, 2) if supports is None or len(supports[0]) == 4 else (1,)
+    assert all(got.support_logprob[0, slot].item() == LOGPROB_FLOOR for slot in masked)
+    if len(masked) == 2:
+        assert got.log_tail.item() == LOGPROB_FLOOR
+    (got.support_logprob.sum() + got.log_tail.sum()).backward()
+    assert z.grad.isfinite().all()
+    assert z.grad[0, 1] == z.grad[0, 2] == 0
+
+
+def test_masked_columns_past_the_vocabulary_leave_an_empty_tail():
+    z = torch.tensor([[1.0, 0.5, -math.inf, -math.inf]]).requires_grad_()
+    got = student_rows(loss_inputs(z, exact_rows(log_softmax(np.zeros((1, 2))), None, [0]), [0]))
+    assert got.log_tail.item() == LOGPROB_FLOOR
+    got.log_tail.sum().backward()
+    assert torch.equal(z.grad, torch.zeros(1, 4))
+
+
+def test_padded_slots_take_no_share_when_a_support_is_renormalised_at_the_floor():
+    log_p = np.full((2, V), LOGPROB_FLOOR)
+    log_p[:, 5] = 0.0
+    teacher = exact_rows(log_p, [[1], [2, 3]], [1, 2])  # row 0: one slot and one padded
+    value = build("forward_kl", tail="renormalise").per_token(loss_inputs(random_logits(n=2), teacher, [1, 2])).value
+    assert value[0].item() == 0.0
+    assert value[1].item() > 0
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_float32_gradients_of_sharp_rows_match_float64(name):
     logits = np.random.default_rng(30).normal(size=(6, 300))
