@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ def read(config: DataConfig) -> Records:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")  # line ends as they are: quoted CSV fields may hold some
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
 
@@ -88,7 +89,7 @@ def from_json(path: Path) -> Records:
 
 def from_csv(path: Path) -> Records:
     """Comma-separated values with a header line; quoted fields may hold line ends."""
-    reader = csv.reader(_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         header = next(reader, None)
         if header is None:
