@@ -97,9 +97,7 @@ def _announce(prepared: Prepared, console: Console) -> None:
         console.print(f"  pre-trained before, found in {prepared.folder}")
     with prepared.problems("train").open(encoding="utf-8") as file:
         prompt = json.loads(file.readline())["prompt"].strip()
-    console.print(
-        f"  a prompt of the distillation, which has no answers: [i]{prompt}[/i]", highlight=False, soft_wrap=True
-    )
+    console.print(f"  one of the distillation's prompts (they have no answers): {prompt}", highlight=False)
 
 
 def _train_arguments(url: str, prepared: Prepared, run_dir: Path, seed: int) -> list[str]:

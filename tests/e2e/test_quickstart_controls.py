@@ -13,7 +13,7 @@ from rich.console import Console
 
 from examples.quickstart import pretrain, services
 from examples.quickstart.pretrain import Recipe
-from examples.quickstart.task import Problem
+from examples.quickstart.task import Problem, prompt_text
 from examples.quickstart.tokenizer import make_tokenizer
 from student_trainer.tracking import read_metrics
 
@@ -22,8 +22,6 @@ pytestmark = pytest.mark.slow
 TEACHER = Recipe(2, 64, 2, 128, steps=200, batch_sequences=64, stop_at_accuracy=0.98)
 STUDENT = Recipe(2, 48, 2, 96, steps=200, batch_sequences=64, stop_at_accuracy=0.10, check_every=5)
 DISTIL = {
-    "data.template": "plain",
-    "data.prompt_template": "{question}\n",
     "teacher.top_k": "all",
     "rollout.max_new_tokens": "10",
     "optim.name": "muon",
@@ -32,8 +30,6 @@ DISTIL = {
     "train.batch_size": "64",
     "eval.every": "80",
     "eval.num_prompts": "200",
-    "eval.data.template": "plain",
-    "eval.data.prompt_template": "{question}\n",
     "tracking.trackers": "[]",
     "checkpoint.save_every": "0",
 }
@@ -52,7 +48,7 @@ def _problems(count: int, seed: int, *, held_out: bool) -> list[Problem]:
 
 
 def _write(path: Path, problems: list[Problem]) -> Path:
-    lines = [{"question": p.question, "answer": p.solution.removeprefix("Answer: ")} for p in problems]
+    lines = [{"prompt": prompt_text(p), "answer": p.solution.removeprefix("Answer: ")} for p in problems]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
