@@ -18,6 +18,7 @@ from fastapi.responses import StreamingResponse
 from fastapi_offline import FastAPIOffline
 from google.protobuf.message import DecodeError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teacher_api import info as info_api
@@ -133,6 +134,8 @@ async def _body(request: Request, service: TeacherService) -> bytes:
                 chunk = await anext(stream, None)
         except TimeoutError:
             raise InvalidRequest(f"the body stopped for {idle_s:g} s before its end") from None
+        except ClientDisconnect:
+            raise Cancelled("the client went away before the end of its body") from None
         if chunk is None:
             return b"".join(chunks)
         size += len(chunk)
