@@ -10,14 +10,14 @@ Shape legend: T tokens, E entries asked per row, W logit width, V tokenizer size
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import difflib
 import itertools
 import logging
 import os
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from teacher_api.errors import BackendFailed, InvalidRequest, TeacherError
 from teacher_api.types import Scores
 from teacher_server.backends.base import FEATURES, BatchPolicy, ModelFacts, ScoreJob, ScoringBackend
+from teacher_server.backends.room import Room
 from teacher_server.backends.torch_loading import find_checkpoint, tokenizer_facts
 from teacher_server.backends.vllm_rows import TooFewIds, read_rows, scores_from_full_rows, scores_from_top_k
 from teacher_server.backends.weights import weights_digest
@@ -44,6 +45,7 @@ LOGIT_BYTES = 2 << 30
 """vLLM holds the logits of a whole prefill chunk, about 12 bytes a column, outside the memory it accounts for."""
 MAX_CONCURRENT = 64
 SHUTDOWN_S = 10.0
+RETRY_AFTER_DEATH_S = 10.0  # a start takes about this long and longer
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # the checkpoint is on disk by then; the engine's processes have nothing to fetch
     "VLLM_NO_USAGE_STATS": "1",
@@ -121,7 +123,8 @@ class VllmBackend(ScoringBackend):
         self._engine: Any = None  # vllm's AsyncLLM
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
-        self._room = _Room(ANSWER_BYTES)
+        self._room = Room(ANSWER_BYTES)
+        self._revival: concurrent.futures.Future[None] | None = None
         self._request_ids = itertools.count()
 
     @property
@@ -146,6 +149,9 @@ class VllmBackend(ScoringBackend):
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
         if self._engine is None:
             raise BackendFailed("the vLLM engine is not running")
+        if self._is_dead():
+            self._revive()
+            raise BackendFailed("the vLLM engine died and is being started again", retry_after_s=RETRY_AFTER_DEATH_S)
         # Cancelling the wrapper cancels the work on the other loop, which aborts the engine's requests.
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._score(jobs), self._loop))
 
@@ -230,6 +236,25 @@ class VllmBackend(ScoringBackend):
                 f"vLLM could not start with {self._model!r}: {_one_line(error)}; the cause is in its log above"
             ) from error
 
+    def _is_dead(self) -> bool:
+        return self._revival is not None or self._engine is None or bool(self._engine.errored)
+
+    def _revive(self) -> None:
+        """Starts a new engine in place of a dead one, once at a time; called on the server's event loop only."""
+        if self._revival is None:
+            logger.error("the vLLM engine died; starting it again")
+            self._revival = asyncio.run_coroutine_threadsafe(self._restart(), self._loop)
+
+    async def _restart(self) -> None:
+        assert self._plan is not None, "revived before load"
+        try:
+            await asyncio.to_thread(self._engine.shutdown, timeout=SHUTDOWN_S)
+            await self._start(self._plan)
+        except ValueError as error:
+            logger.error("%s; the next request tries again", error)
+        finally:
+            self._revival = None
+
     async def _score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
         return list(await asyncio.gather(*(self._score_one(job) for job in jobs)))
 
@@ -250,7 +275,7 @@ class VllmBackend(ScoringBackend):
                 rows = await self._rows(job, job.options.top_k + padding)
                 return scores_from_top_k(job, rows, facts.tokenizer_size, facts.logit_width)
         except TeacherError as error:
-            if self._engine is None or self._engine.errored:
+            if self._is_dead():
                 raise
             return error
 
@@ -271,61 +296,24 @@ class VllmBackend(ScoringBackend):
                 async for output in self._engine.generate({"prompt_token_ids": tokens}, parameters, request_id):
                     flat = output.prompt_logprobs or flat
             except VLLMServerError as error:
-                state = "died" if self._engine.errored else "failed"
+                state = "died" if self._is_dead() else "failed"
                 raise BackendFailed(f"the vLLM engine {state} on sequence {job.id!r}: {_one_line(error)}") from error
             except (VLLMClientError, ValueError) as error:
                 raise InvalidRequest(f"vLLM refused sequence {job.id!r}: {_one_line(error)}") from error
             return await asyncio.to_thread(read_rows, job, flat, len(tokens), entries)
 
     def _stop(self, thread: threading.Thread) -> None:
+        if self._revival is not None:
+            concurrent.futures.wait([self._revival])
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown(timeout=SHUTDOWN_S)
+        with contextlib.suppress(TimeoutError):  # a task that does not end is left to the thread, a daemon
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(SHUTDOWN_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         thread.join(SHUTDOWN_S)
         if not thread.is_alive():
             self._loop.close()
-
-
-class _Room:
-    """Bytes that answers may take at a time: first come, first served, and one that is larger than all runs alone."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._used = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    @asynccontextmanager
-    async def taken(self, size: int) -> AsyncIterator[None]:
-        size = min(size, self._size)
-        if self._waiting or self._used + size > self._size:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append((size, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._give_back(size)
-                else:
-                    self._waiting.remove((size, turn))
-                    self._admit()
-                raise
-        else:
-            self._used += size
-        try:
-            yield
-        finally:
-            self._give_back(size)
-
-    def _give_back(self, size: int) -> None:
-        self._used -= size
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._waiting and self._used + self._waiting[0][0] <= self._size:
-            size, turn = self._waiting.popleft()
-            self._used += size
-            turn.set_result(None)
 
 
 def _model_config(engine_args: Any, directory: Path) -> Any:
@@ -352,6 +340,13 @@ def _defaults(config: Any, limit: int) -> dict[str, Any]:
         per_token = 2 * config.get_total_num_hidden_layers() * config.get_total_num_kv_heads() * config.get_head_size()
         result["kv_cache_memory_bytes"] = max(1 << 29, 4 * (limit + 1) * per_token * config.dtype.itemsize)
     return result
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _one_line(error: BaseException) -> str:
