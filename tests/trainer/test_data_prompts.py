@@ -20,13 +20,13 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-BOS = "<extra0>"
+BOS = "<|start|>"
 
 
 def tokenizer(*, chat: bool = False, bos: bool = False, eos: bool = False) -> Any:
     """One that adds the special tokens asked for, as Llama's (bos) and T5's (eos) do."""
     made = copy.deepcopy(tiny_tokenizer(300))
-    made.bos_token = BOS
+    made.add_special_tokens({"bos_token": BOS})
     if bos or eos:
         made.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{BOS + ' ' if bos else ''}$A{' ' + made.eos_token if eos else ''}",
