@@ -12,11 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tinymodels import tiny_model, tiny_tokenizer
+from tinymodels import save_tiny, tiny_model, tiny_tokenizer
 
-from student_trainer.report import collect, curves, html
+from student_trainer.config import TrainConfig
+from student_trainer.report import __main__ as command
+from student_trainer.report import collect, compare, curves, html
 from student_trainer.report.model import Chart, Choice, Comparison, CompletionView, Figure, Report, Series, TokenView
 from student_trainer.types import Prompt, Rollout
+from teacher_api.settings import dump_yaml
 from teacher_api.types import LOGPROB_FLOOR, ScoreRequest, Scores, TeacherInfo
 
 VOCABULARY, WIDTH = 120, 128
@@ -67,6 +70,12 @@ class LocalTeacher:
     def __init__(self, model: torch.nn.Module, *, full_vocabulary: bool) -> None:
         self.model = model
         self.features = ("full_vocabulary", "candidates") if full_vocabulary else ("candidates",)
+
+    def __enter__(self) -> LocalTeacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
 
     def info(self) -> TeacherInfo:
         limits = {"max_sequence_tokens": 128, "max_top_k": 16, "max_candidates": 4096, "max_completions": 2}
@@ -337,3 +346,68 @@ def test_png_is_written(tmp_path: Path):
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
     assert width > 2 * height
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What student-train leaves behind, with a student whose greedy completions are known from transformers."""
+    folder = tmp_path_factory.mktemp("run")
+    before = save_tiny(folder / "before", "qwen3", seed=1)
+    save_tiny(folder / "final", "qwen3", seed=4)
+    lines = [{"prompt": "the fox", "answer": "nothing says this"}, {"prompt": "12 + 3 =", "answer": "nor this"}]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = TrainConfig.model_validate(
+        {
+            "student": {"model": str(before)},
+            "teacher": {"url": ["grpc://127.0.0.1:1"], "top_k": "all"},
+            "data": {"source": str(folder / "problems.jsonl")},
+            "rollout": {"max_new_tokens": 6},
+        }
+    )
+    (folder / "config.yaml").write_text(dump_yaml(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return folder
+
+
+def test_compare_shows_what_each_checkpoint_writes_greedily(finished_run: Path, teacher):
+    client = LocalTeacher(teacher, full_vocabulary=True)
+    tokenizer = tiny_tokenizer(VOCABULARY)
+    prompt_ids = np.array(tokenizer("the fox")["input_ids"], np.int32)
+    checkpoints = [compare.load(finished_run / name, 6) for name in ("before", "final")]
+    (result,) = compare.compare(checkpoints, [Prompt(0, prompt_ids, "the fox", "x")], "exact_match", client)
+    for checkpoint, completion in zip(checkpoints, result.completions, strict=True):
+        ids = torch.as_tensor(prompt_ids, dtype=torch.long)[None]
+        with torch.no_grad():
+            for _ in range(6):
+                chosen = checkpoint.student.model(input_ids=ids).logits[:, -1, :VOCABULARY].argmax(-1, keepdim=True)
+                ids = torch.cat([ids, chosen], dim=1)
+                if int(chosen) == tokenizer.eos_token_id:
+                    break
+        assert "".join(t.text for t in completion.tokens) == tokenizer.decode(ids[0, len(prompt_ids) :])
+        assert completion.correct is False
+
+
+def test_the_command_writes_the_report_of_a_run(finished_run: Path, teacher, monkeypatch, capsys):
+    monkeypatch.setattr(command, "TeacherClient", lambda *_, **__: LocalTeacher(teacher, full_vocabulary=True))
+    assert command.main(["--run", str(finished_run), "--teacher-url", "grpc://127.0.0.1:1"]) == 0
+    path = finished_run / "report.html"
+    assert capsys.readouterr().out.strip() == str(path)
+    page = _Page(path.read_text())
+    assert sum(attrs.get("class") == "card" for _, attrs in page.elements) == 2
+    assert sum(tag == "svg" for tag, _ in page.elements) == 2
+    assert "max_new_tokens: 6" in "".join(text for tag, text in page.texts if tag == "pre")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--run", "nowhere", "--teacher-url", "grpc://127.0.0.1:1"], "nowhere"),
+        (["--teacher-url", "grpc://127.0.0.1:1"], "run"),
+        (["--rum", "x"], "run"),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, says, capsys):
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert says in error
