@@ -143,10 +143,11 @@ class Scheduler:
         try:
             await self._score(batch)
         finally:
+            self._progress_at = time.monotonic()
+            of_this = sum(entry.job.num_tokens for entry in batch) / max(self._progress_at - started, 1e-6)
+            rate = of_this * self._running  # those beside it are as fast, more or less
             self._running -= 1
             self._slots.release()
-            self._progress_at = time.monotonic()
-            rate = sum(entry.job.num_tokens for entry in batch) / max(self._progress_at - started, 1e-6)
             past = RATE_HALF_LIFE if self.tokens_per_s else 0.0
             self.tokens_per_s = past * self.tokens_per_s + (1 - past) * rate
 

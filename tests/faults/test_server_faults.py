@@ -470,6 +470,27 @@ def test_the_queued_work_of_a_caller_that_leaves_is_dropped(held: Server, way: s
         opened.close()
 
 
+def test_a_stream_whose_client_is_silent_ends_when_the_server_closes():
+    """What was accepted is answered, then the stream ends with a retryable error, long before the grace is over."""
+    asked, release = wire.encode_request(request_of([1, 2, 3])).SerializeToString(), threading.Event()
+
+    def requests() -> Iterator[bytes]:
+        yield asked
+        release.wait(60)
+
+    with serving(grace_s=30, lame_duck_s=0.1) as server, channel(server) as opened:
+        frames = opened.stream_stream("/teacher.v1.TeacherService/ScoreStream")(requests(), timeout=60)
+        assert pb.ScoreFrame.FromString(next(frames)).completion_id == "c0"
+        started = time.monotonic()
+        server.drain()
+        with pytest.raises(grpc.RpcError) as raised:
+            next(frames)
+        _, info, _ = status_of(raised.value)
+        assert info.reason == "unavailable"
+        assert time.monotonic() - started < 10
+        release.set()
+
+
 def test_all_of_it_together_leaves_nothing_behind(gated_server: Server):
     """After the drills above the budget is whole again: a request that needs all of it is accepted."""
     request = ScoreRequest([Completion(str(n), np.ones(64, np.int32)) for n in range(4)])
