@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_api.types import LOGPROB_FLOOR, Candidates, ScoreOptions
-from teacher_server.backends.rows import auto_chunk_rows, score_rows, top_k_by_id
+from teacher_server.backends.rows import BLOCK, auto_chunk_rows, score_rows, top_k_by_id
 
 F64 = npt.NDArray[np.float64]
 
@@ -178,6 +178,8 @@ def test_ties_go_to_the_smaller_id(width: int, k: int, levels: int) -> None:
     """From rows of all equal entries to rows without ties; narrow, and wide enough to be searched by blocks."""
     values = torch.randint(0, levels, (60, width), generator=torch.Generator().manual_seed(k)).float()
     values[0], values[1, 1:], values[2, :-1] = 5.0, -torch.inf, -torch.inf
+    values[3] = 0.0
+    values[3, BLOCK // 2 :: BLOCK] = 1.0  # more blocks than k, with one of the equal entries each
     got_values, got_ids = top_k_by_id(values, k)
     for row, ids, top in zip(values.tolist(), got_ids.tolist(), got_values.tolist(), strict=True):
         expected = sorted(range(width), key=lambda i: (-row[i], i))[:k]
