@@ -11,6 +11,19 @@ from teacher_api.settings import Section
 
 MIB = 1 << 20
 
+USED_BY = {
+    "revision": ("torch", "vllm"),
+    "dtype": ("torch", "vllm"),
+    "device": ("torch",),
+    "threads": ("torch",),
+    "batch_tokens": ("torch", "fake"),
+    "batch_sequences": ("torch", "fake"),
+    "head_chunk_rows": ("torch",),
+    "vllm": ("vllm",),
+    "fake_": ("fake",),
+}
+"""Fields that only some backends read; given to another one they are refused rather than ignored."""
+
 
 class ServerConfig(Section):
     # --- what is served -------------------------------------------------------------------------------------------
@@ -57,6 +70,8 @@ class ServerConfig(Section):
     """Bytes of answers accepted and not yet delivered, by the same rule."""
     stream_sequences: int = Field(default=64, ge=1, le=65536)
     """Sequences of one stream in work at a time; the next message is read when there is room."""
+    max_streams: int = Field(default=256, ge=1, le=65536)
+    """Streams open at a time; each holds one message and `stream_sequences` sequences."""
     default_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     """Deadline of a call whose caller names none."""
     body_idle_s: float = Field(default=10.0, gt=0, le=3600)
@@ -127,8 +142,10 @@ class ServerConfig(Section):
             )
         if self.reference and self.backend == "vllm":
             raise ValueError("reference needs backend torch: vLLM's results depend on what else is being scored")
-        if self.vllm and self.backend != "vllm":
-            raise ValueError(f"vllm engine arguments were given, but the backend is {self.backend}")
+        for name in sorted(self.model_fields_set):
+            backends = USED_BY.get("fake_" if name.startswith("fake_") else name)
+            if backends is not None and self.backend not in backends:
+                raise ValueError(f"{name} has no meaning for backend {self.backend}; it is for {', '.join(backends)}")
         return self
 
     @property

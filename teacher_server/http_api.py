@@ -64,6 +64,7 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         if _content_type(request) != PROTOBUF:
             raise Unsupported(f"the stream takes {PROTOBUF} only; expected that content type", field="content-type")
         decoded = _decoded(body)
+        service.refuse_stream_if_full()
         jobs_of(decoded, service.open_info())  # what is wrong with the whole request is a status, not a frame
         return StreamingResponse(_frames(service, decoded, _id(request)), media_type="application/octet-stream")
 
@@ -77,7 +78,8 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
 
 async def _scored(service: TeacherService, decoded: wire.DecodedRequest, request_id: str, kind: str) -> Response:
     fingerprint = service.open_info().fingerprint
-    async with service.scored(decoded) as answers:
+    max_bytes = json_models.MAX_JSON_ANSWER_BYTES if kind == JSON else None
+    async with service.scored(decoded, max_bytes=max_bytes) as answers:
         if kind == JSON:
             return Response(json_models.response_to_json(answers, fingerprint, request_id), media_type=JSON)
         if is_small(answers):

@@ -13,6 +13,7 @@ from teacher_api.types import CallMetadata, Candidates, Completion, IntArray, Sc
 from teacher_server.service import Answer
 
 MAX_JSON_TOP_K = 64  # above it, lists of numbers cost more than the scoring
+MAX_JSON_ANSWER_BYTES = 4 << 20  # in binary; as JSON about five times that
 TokenId = int
 _TOKENS = Field(max_length=1 << 22)
 

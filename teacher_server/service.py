@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from teacher_api.errors import DeadlineExceeded, TeacherError, TooLarge, Unavailable
+from teacher_api.errors import DeadlineExceeded, Overloaded, TeacherError, TooLarge, Unavailable
 from teacher_api.types import ScoreOptions, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Admission, Cost
@@ -27,6 +27,7 @@ from teacher_server.scheduler import Scheduler
 from teacher_server.validation import answer_bytes, jobs_of
 
 RETRY_WHILE_STARTING_S = 1.0
+RETRY_WHILE_FULL_S = 5.0
 SELF_CHECK_TOKENS = 8
 SELF_CHECK_TIMEOUT_S = 120.0
 SELF_CHECK_NATS = 1e-3  # how far the log of a row's whole mass may be from 0
@@ -47,6 +48,7 @@ class TeacherService:
         self.lifecycle = lifecycle
         self._info: TeacherInfo | None = None
         self._scheduler: Scheduler | None = None
+        self.open_streams = 0
         self.admission = Admission(config.queue_tokens, config.queue_bytes, self._tokens_per_s)
         lifecycle.watch_work(self._idle_s, lambda: self.admission.share)
 
@@ -92,6 +94,13 @@ class TeacherService:
             raise Unavailable("the server is shutting down; try another, or this one again after its restart")
         return self.info
 
+    def refuse_stream_if_full(self) -> None:
+        if self.open_streams >= self.config.max_streams:
+            raise Overloaded(
+                f"{self.open_streams} streams are open, as many as this server keeps; come back later",
+                retry_after_s=RETRY_WHILE_FULL_S,
+            )
+
     def deadline(self, request: ScoreRequest, transport_s: float | None) -> float:
         """Event-loop time at which the nearest of the request's, the transport's and the server's limits is over."""
         limits = [self.config.default_timeout_s] if request.timeout_s is None else [request.timeout_s]
@@ -100,8 +109,14 @@ class TeacherService:
         return asyncio.get_running_loop().time() + min(limits)
 
     @contextlib.asynccontextmanager
-    async def scored(self, decoded: DecodedRequest, *, transport_s: float | None = None) -> AsyncIterator[list[Answer]]:
+    async def scored(
+        self, decoded: DecodedRequest, *, transport_s: float | None = None, max_bytes: int | None = None
+    ) -> AsyncIterator[list[Answer]]:
         """Scores one request whole: one answer per completion, in order. Its budget is held until the block ends.
+
+        Args:
+            transport_s: time that the transport's own deadline leaves; None: it has none.
+            max_bytes: largest answer of this way in, where it takes less than `max_response_bytes`.
 
         Raises:
             TeacherError: nothing of the request was scored: it is wrong as a whole, none of its completions is
@@ -114,9 +129,10 @@ class TeacherService:
         if not good:
             raise next(job for job in jobs if isinstance(job, TeacherError))
         sizes = [answer_bytes(job, info) for job in good]
-        if sum(sizes) > info.max_response_bytes:
+        limit = info.max_response_bytes if max_bytes is None else min(max_bytes, info.max_response_bytes)
+        if sum(sizes) > limit:
             raise TooLarge(
-                f"the answer would take about {sum(sizes)} bytes; this call gives at most {info.max_response_bytes}: "
+                f"the answer would take about {sum(sizes)} bytes; this call gives at most {limit}: "
                 "use the stream, or send fewer completions",
                 field="completions",
             )

@@ -209,6 +209,37 @@ def test_top_k_of_json_is_small(server: Server):
     assert (answer.status_code, answer.json()["field"]) == (422, "options.top_k")
 
 
+def test_a_large_answer_is_not_given_as_json():
+    with serving(max_sequence_tokens=4096, max_top_k=64) as server:
+        asked = {"completions": [{"token_ids": [1] * 4000} for _ in range(4)], "options": {"top_k": 64}}
+        answer = server.http.post(f"{server.http_url}/v1/score", json=asked)
+        assert (answer.status_code, answer.json()["kind"]) == (413, "too_large")
+
+
+def test_streams_over_the_bound_are_told_to_come_back():
+    release = threading.Event()
+
+    def silent() -> Iterator[bytes]:
+        yield wire.encode_request(request_of([1, 2, 3])).SerializeToString()
+        release.wait(60)
+
+    with serving(max_streams=1) as server, channel(server) as opened:
+        method = opened.stream_stream("/teacher.v1.TeacherService/ScoreStream")
+        first = method(silent(), timeout=60)
+        next(first)
+        with pytest.raises(grpc.RpcError) as raised:
+            next(method(silent(), timeout=60))
+        _, info, retry = status_of(raised.value)
+        assert info.reason == "overloaded"
+        assert retry is not None
+        body = wire.encode_request(request_of([1, 2])).SerializeToString()
+        over_http = server.http.post(f"{server.http_url}/v1/score/stream", content=body, headers=PROTOBUF)
+        assert (over_http.status_code, over_http.headers["retry-after"]) == (429, "5")
+        release.set()
+        assert list(first) == []
+        until(lambda: all(isinstance(one, Scores) for one in ask_grpc_stream(server, request_of([1, 2]))), 10, "full")
+
+
 def test_a_body_of_another_type_or_to_another_place(server: Server):
     url = server.http_url
     assert server.http.post(f"{url}/v1/score", content=b"x", headers={"content-type": "text/plain"}).status_code == 400
