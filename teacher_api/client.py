@@ -229,14 +229,35 @@ class TeacherClient:
     `with TeacherClient(url) as teacher: …`, or `close()`.
     """
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 300.0,
+        attempt_timeout_s: float = 60.0,
+        max_concurrency: int = 8,
+        expect_fingerprint: str = "",
+        metadata: CallMetadata | None = None,
+    ) -> None:
+        async def made() -> AsyncTeacherClient:
+            return AsyncTeacherClient(
+                url,
+                api_key=api_key,
+                timeout_s=timeout_s,
+                attempt_timeout_s=attempt_timeout_s,
+                max_concurrency=max_concurrency,
+                expect_fingerprint=expect_fingerprint,
+                metadata=metadata,
+            )
+
         self.url = url
-        self._max_concurrency = int(options.get("max_concurrency", 8))
+        self._max_concurrency = max_concurrency
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
         self._thread.start()
         try:
-            self._client = self._run(_made(url, options))
+            self._client = self._run(made())
         except BaseException:
             self._stop()
             raise
@@ -320,7 +341,3 @@ class TeacherClient:
         finally:
             for future in running:
                 future.cancel()
-
-
-async def _made(url: str, options: dict[str, Any]) -> AsyncTeacherClient:
-    return AsyncTeacherClient(url, **options)

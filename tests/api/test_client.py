@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -258,6 +259,74 @@ def test_nobody_there(scheme):
         url = f"{scheme}://127.0.0.1:{taken.getsockname()[1]}"
         with TeacherClient(url, timeout_s=0.4) as client, pytest.raises(errors.Unavailable, match="gave up after"):
             client.info()
+
+
+async def _silent(reader, writer):
+    """Takes the connection and never answers."""
+    try:
+        while await reader.read(1000):
+            pass
+    finally:
+        writer.close()
+
+
+async def _dripping(reader, writer):
+    """An HTTP answer that arrives a byte at a time and never ends."""
+    try:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(("scheme", "behave"), [("grpc", _silent), ("http", _silent), ("http", _dripping)])
+def test_half_dead_connections_end_at_the_deadline(scheme, behave):
+    async def main():
+        server = await asyncio.start_server(behave, "127.0.0.1", 0)
+        url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        start = time.monotonic()
+        async with AsyncTeacherClient(url, timeout_s=0.5) as client:
+            with pytest.raises((errors.DeadlineExceeded, errors.Unavailable)):
+                await client.info()
+        assert time.monotonic() - start < 4
+        server.close()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_a_long_stream_needs_bounded_memory(serve):
+    """About 32 KiB a request, if any were kept (answer and question): 120 of them would show."""
+
+    def peak_bytes(num_requests):
+        async def work(client):
+            tokens = np.arange(150, dtype=np.int32) % V
+            options = ScoreOptions(top_k="all")
+            source = (ScoreRequest([Completion(f"r{i}", tokens)], options=options) for i in range(num_requests))
+            return len([None async for _ in client.score_many(source)])
+
+        teacher = FakeTeacher()
+        teacher.requests = teacher.asked = teacher.keys = teacher.paths = _Forgetful()
+        tracemalloc.start()
+        try:
+            assert run(serve, teacher, work, max_concurrency=2) == num_requests
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak_bytes(5)  # caches fill
+    assert peak_bytes(120) < peak_bytes(12) + 1_000_000  # kept, the 108 further ones would add 2.5 MB and more
+
+
+class _Forgetful(list):
+    def append(self, _):
+        pass
 
 
 def test_a_teacher_that_comes_back(serve):
