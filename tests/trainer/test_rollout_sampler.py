@@ -122,6 +122,8 @@ def test_untempered_policies_agree_except_for_the_masked_columns() -> None:
 def test_sampled_completions_follow_the_model_token_by_token() -> None:
     """Two tokens from one prompt, many times: the pairs' frequencies against the float64 product of conditionals."""
     model = tiny_model(scale=3.0)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(4.0)  # sharper, so that single pairs are likely enough to be counted
     prompt = make_prompts(1, shortest=4)[0]
     count = 4000
     rollouts = sampler(model, max_new_tokens=2, eos=(), batch_sequences=2000).sample([prompt] * count, range(count))
