@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from student_trainer.distributed import Distributed
 
 PROGRAM = "student-train"
-DESCRIPTION = "Trains a student on its own samples, scored by a teacher that runs elsewhere."
+DESCRIPTION = """Trains a student on its own samples, scored by a teacher that runs elsewhere.
+
+Exit codes: 0 done; 1 training failed; 2 the command, a file or the teacher does not fit; 75 the teacher was away past
+teacher.timeout_s; 130 and 143 stopped by SIGINT and SIGTERM. After 75, 130 and 143 the same command goes on."""
 FAILED, UNUSABLE, TEACHER_GONE = 1, 2, 75
 SHORTCUTS = {
     "--teacher-url": "teacher.url",

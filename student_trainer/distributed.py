@@ -86,7 +86,7 @@ class Distributed:
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
             flat = torch.cat([g.reshape(-1) for g in gradients])
             dist.all_reduce(flat)
-            pieces = flat.split([p.numel() for p in bucket])
+            pieces = torch.split(flat, [p.numel() for p in bucket])
             for parameter, piece in zip(bucket, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter).clone()
 

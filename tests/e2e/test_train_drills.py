@@ -11,8 +11,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tinymodels import save_tiny
-from training import PROMPTS, TeacherProcess, arguments, assert_same_bits, finish, metrics, teacher, trainer, wait_until
+from training import (
+    PROMPTS,
+    TeacherProcess,
+    arguments,
+    assert_same_bits,
+    finish,
+    metrics,
+    teacher,
+    trainer,
+    wait_until,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -79,12 +91,15 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 def test_a_trainer_killed_again_and_again_ends_as_if_nothing_had_happened(begin, undisturbed, tmp_path) -> None:
     run_dir, log = tmp_path / "killed", tmp_path / "killed.log"
+    hits = 0
     for moment, reached in MOMENTS.items():
         process = begin("killed")
-        wait_until(lambda reached=reached: reached(run_dir) or process.exitcode is not None, what=moment)
+        wait_until(lambda p=process, reached=reached: reached(run_dir) or p.exitcode is not None, what=moment)
         process.kill()
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0), log.read_text()
+        hits += process.exitcode != 0
+    assert hits >= len(MOMENTS) - 1  # the last may come too late
     assert finish(begin("killed"), log) == 0, log.read_text()
     assert_same_bits(run_dir / "final", undisturbed / "final")
     without_seconds = [
@@ -100,7 +115,7 @@ def test_twenty_kills_at_any_instant(begin, undisturbed, tmp_path) -> None:
     for kill in range(20):
         process = begin("killed", "checkpoint.save_every=1")
         before = steps_logged(run_dir)
-        wait_until(lambda before=before: steps_logged(run_dir) > before or process.exitcode is not None)
+        wait_until(lambda p=process, before=before: steps_logged(run_dir) > before or p.exitcode is not None)
         time.sleep(0.013 * kill)  # somewhere else in a step or checkpoint each time
         process.kill()
         process.join()
@@ -158,7 +173,7 @@ def test_two_experiments_share_a_teacher_and_do_not_notice(begin, complete, undi
     assert_same_bits(tmp_path / "second" / "final", tmp_path / "solo" / "final")
 
 
-def test_processes_stop_together_and_go_on(begin, tmp_path) -> None:
+def test_processes_stop_together_and_one_goes_on(begin, undisturbed, tmp_path) -> None:
     run_dir, log = tmp_path / "ranks", tmp_path / "ranks.log"
     process = begin("ranks", "--num-processes=2", "checkpoint.save_every=0")
     wait_until(lambda: steps_logged(run_dir) >= 2, what="two steps")
@@ -166,5 +181,7 @@ def test_processes_stop_together_and_go_on(begin, tmp_path) -> None:
     assert finish(process, log) == 143, log.read_text()
     done = steps_logged(run_dir)
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == [f"step-{done:08d}"]
-    assert finish(begin("ranks", "--num-processes=2", "checkpoint.save_every=0"), log) == 0, log.read_text()
+    assert finish(begin("ranks", "--num-processes=1"), log) == 0, log.read_text()
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, 13))
+    a, b = (torch.cat([t.reshape(-1) for t in weights(d / "final").values()]).double() for d in (undisturbed, run_dir))
+    assert float((a - b).norm() / a.norm()) < 1e-5

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from tinymodels import ARCHITECTURES, save_tiny, tiny_model
+from training import FORKS
 
 from student_trainer import guards
 from student_trainer.config import StudentConfig, TrainConfig
@@ -260,8 +261,9 @@ def test_ranks_together_take_the_step_of_one(world: int, checkpoint, samples, tm
         alone.step += 1
     weights = torch.cat([p.detach().reshape(-1) for p in alone.student.model.parameters()]).double()
 
+    assert FORKS.get_start_method() == "forkserver"  # with the imports done
     arguments = (world, _free_port(), checkpoint, samples, tmp_path)
-    multiprocessing.start_processes(_rank_step, arguments, nprocs=world, start_method="spawn")
+    multiprocessing.start_processes(_rank_step, arguments, nprocs=world, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(world)]
     for rank in ranks:
         assert rank["loss"] == pytest.approx(sums["loss"], rel=1e-6)
