@@ -302,7 +302,7 @@ def test_half_dead_connections_end_at_the_deadline(scheme, behave):
 
 @pytest.mark.slow
 def test_a_long_stream_needs_bounded_memory(serve):
-    """About 32 KiB a request, if any were kept (answer and question): 120 of them would show."""
+    """About 32 KiB a request, if any were kept (answer and question): 60 of them would show."""
 
     def peak_bytes(num_requests):
         async def work(client):
@@ -321,7 +321,7 @@ def test_a_long_stream_needs_bounded_memory(serve):
             tracemalloc.stop()
 
     peak_bytes(5)  # caches fill
-    assert peak_bytes(120) < peak_bytes(12) + 1_000_000  # kept, the 108 further ones would add 2.5 MB and more
+    assert peak_bytes(60) < peak_bytes(10) + 500_000  # kept, the 50 further ones would add 1.2 MB and more
 
 
 class _Forgetful(list):
