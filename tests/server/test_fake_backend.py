@@ -29,6 +29,7 @@ def by_hand(logits: list[float], temperature: float) -> list[float]:
     return [z - norm for z in scaled]
 
 
+@settings(deadline=None)
 @given(
     width=st.integers(3, 12),
     padding=st.integers(0, 2),
@@ -74,6 +75,7 @@ def test_rows_match_the_definitions(width, padding, top_k, temperature, seed, wi
         assert scores.rank[n] == 1 + sum(v > logp[token] for v in logp)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 99), min_size=2, max_size=12), st.integers(0, 99))
 def test_the_fake_distribution_depends_on_all_that_came_before_and_nothing_else(tokens, other):
     last = len(tokens) - 1
@@ -117,21 +119,20 @@ def test_a_path_without_a_tokenizer_is_refused(tmp_path):
         FakeBackend(str(tmp_path / "nothing")).load()
 
 
-@settings(max_examples=25)
-@given(st.lists(st.integers(0, 39), min_size=3, max_size=8), st.floats(0.5, 2.0))
-def test_shuffle_gives_every_id_the_probability_of_another_one(tokens, temperature):
+@pytest.mark.parametrize(("seed", "temperature"), [(0, 1.0), (1, 0.7), (2, 2.0)])
+def test_shuffle_gives_every_id_the_probability_of_another_one(seed, temperature):
     inner, control = loaded(vocabulary=40), ControlBackend(FakeBackend(vocabulary=40), "shuffle")
     facts = control.load()
     assert facts.scoring_path.startswith("control shuffle")
+    tokens = np.random.default_rng(seed).integers(0, 40, 8).tolist()
     everything = ScoreOptions(top_k="all", temperature=temperature, entropy=True)
     positions = list(range(1, len(tokens)))
     plain, shuffled = (one(b, job(tokens, positions, everything)) for b in (inner, control))
-    order = np.sort(plain.topk_logprob, axis=1), np.sort(shuffled.topk_logprob, axis=1)
-    assert np.allclose(*order, atol=1e-5), "the same probabilities"
-    moved = [int(np.flatnonzero(np.isclose(plain.topk_logprob[0], value, atol=1e-6))[0]) for value in
-             shuffled.topk_logprob[0]]  # fmt: skip
-    assert sorted(moved) == list(range(40))
-    assert moved != list(range(40)), "under other names"
+    by_rank = np.argsort(np.argsort(shuffled.topk_logprob[0]))
+    source = np.argsort(plain.topk_logprob[0])[by_rank]  # whose probability each id has in the first row
+    assert (source != np.arange(40)).sum() > 30
+    assert np.allclose(plain.topk_logprob[:, source], shuffled.topk_logprob, atol=1e-5), "and in every other row"
+    assert np.allclose(plain.log_tail, shuffled.log_tail, atol=1e-5)
     best = one(control, job(tokens, positions, ScoreOptions(top_k=3, temperature=temperature, rank=True)))
     expected = np.argsort(-shuffled.topk_logprob, axis=1, kind="stable")[:, :3]
     assert np.array_equal(best.topk_ids, expected)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_api.errors import BackendFailed, DeadlineExceeded, InvalidBackendOutput, TeacherError
@@ -68,6 +68,7 @@ def entries(jobs: Sequence[ScoreJob]) -> list[Entry]:
         loop.close()
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 300), min_size=1, max_size=60),
     max_tokens=st.integers(1, 2000),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError, TooLarge, Unsupported
@@ -155,6 +155,7 @@ def test_one_bad_completion_is_its_own_error(wrong: Completion, kind: type[Teach
     assert 0 < len(bad.message) <= 1024
 
 
+@settings(deadline=None)
 @given(
     prompt=st.lists(st.integers(-2, 101), max_size=10),
     tokens=st.lists(st.integers(-2, 101), max_size=14),
@@ -201,6 +202,7 @@ def test_jobs_of_one_prompt_share_a_key_and_others_do_not():
     assert d == b""
 
 
+@settings(deadline=None)
 @given(
     top_k=st.one_of(st.integers(0, 10), st.just("all")),
     value_type=st.sampled_from(["float32", "float16"]),
