@@ -98,6 +98,7 @@ def _rank(command: Command, url: str = "") -> int:
     """This process' part of the run."""
     from student_trainer import distributed, guards, plan, scoring
     from student_trainer.checkpoint import CheckpointError
+    from student_trainer.rollout.base import RolloutError
     from student_trainer.run import prepare
     from student_trainer.train import train
 
@@ -123,7 +124,7 @@ def _rank(command: Command, url: str = "") -> int:
             prepared.begin()
         except scoring.TeacherGone as error:
             return _say(error, TEACHER_GONE)
-        except (ValueError, TeacherError, CheckpointError) as error:
+        except (ValueError, RolloutError, TeacherError, CheckpointError) as error:
             return _say(error, UNUSABLE)
         try:
             train(prepared)
@@ -133,6 +134,7 @@ def _rank(command: Command, url: str = "") -> int:
             return _say(f"stopped after step {prepared.step}: {error}", TEACHER_GONE)
         except (
             guards.TrainingError,
+            RolloutError,
             scoring.ScoreError,
             scoring.HandshakeError,
             TeacherError,

@@ -156,7 +156,10 @@ class TeacherScorer:
         missing = [r.uid for r in rollouts if str(r.uid) not in answers]
         if missing:
             raise ScoreError(f"the teacher left out {len(missing)} of {len(rollouts)} samples, such as {missing[0]}")
-        return [ScoredRollout(r, _checked(r, answers[str(r.uid)], self.options)) for r in rollouts]
+        try:
+            return [ScoredRollout(r, _checked(r, answers[str(r.uid)], self.options)) for r in rollouts]
+        except ValueError as error:  # positions that are not the sample's
+            raise ScoreError(str(error)) from error
 
     def close(self) -> None:
         self._client.close()
