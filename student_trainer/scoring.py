@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from teacher_api.client import TeacherClient
 
 from student_trainer.config import TeacherConfig
 from student_trainer.losses.base import Needs
 from student_trainer.types import Rollout, ScoredRollout
+from teacher_api.client import TeacherClient
 from teacher_api.errors import DeadlineExceeded, FingerprintMismatch, TeacherError
 from teacher_api.info import explain_difference, tokenizer_fingerprint
 from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, Scores, TeacherInfo
