@@ -133,17 +133,20 @@ def mean_kl(student: Path, teacher: Path, prompts: list[str]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "loss",
-    [["loss.objective=reverse_kl", "teacher.top_k=all"], ["loss.objective=forward_kl", "teacher.top_k=16"]],
-    ids=lambda loss: loss[0],
+    ("loss", "left"),
+    [
+        (["loss.objective=reverse_kl", "teacher.top_k=all"], 0.6),
+        (["loss.objective=forward_kl", "teacher.top_k=16"], 0.8),  # 16 of 128 ids and one bucket show less
+    ],
+    ids=["reverse_kl", "forward_kl"],
 )
-def test_the_student_moves_towards_the_teacher(loss: list[str], train, place) -> None:
+def test_the_student_moves_towards_the_teacher(loss: list[str], left: float, train, place) -> None:
     settings = ["--steps=40", "train.batch_size=8", "optim.learning_rate=0.02", "checkpoint.save_every=0"]
     code, run_dir = train(*settings, *loss)
     assert code == 0
     before = mean_kl(place / "student", place / "teacher", PROMPTS)
     after = mean_kl(run_dir / "final", place / "teacher", PROMPTS)
-    assert after < 0.6 * before
+    assert after < left * before
     lines = metrics(run_dir)
     assert sum(line["loss"] for line in lines[-5:]) < 0.7 * sum(line["loss"] for line in lines[:5])
 
