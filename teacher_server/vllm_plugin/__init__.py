@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 
-SERVER_PID = "TEACHER_VLLM_SERVER_PID"
-"""Environment variable: the process whose engine this is."""
+SERVER_PID = "PRECEPTOR_VLLM_SERVER_PID"
+"""Environment variable: the process whose engine this is. Outside the server's own TEACHER_ names, which it checks."""
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
