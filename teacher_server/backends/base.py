@@ -16,7 +16,7 @@ from teacher_api.errors import TeacherError
 from teacher_api.types import Candidates, IntArray, ScoreOptions, Scores
 
 FEATURES = ("top_k", "full_vocabulary", "candidates", "temperature", "float16", "entropy", "rank", "hidden")
-"""Options a backend may declare. `exact_tail` is declared beside them by those whose log_tail is computed from logits."""
+"""Options a backend may declare. `exact_tail` stands beside them where log_tail is computed from logits."""
 
 
 @dataclass(frozen=True, slots=True)
