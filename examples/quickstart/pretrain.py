@@ -40,7 +40,7 @@ class Recipe:
     check_every: int = 10
 
 
-TEACHER = Recipe(layers=4, hidden=128, heads=4, feed_forward=384, steps=500)
+TEACHER = Recipe(layers=4, hidden=128, heads=4, feed_forward=384, steps=400, stop_at_accuracy=0.985, check_every=20)
 STUDENT = Recipe(layers=3, hidden=96, heads=3, feed_forward=256, steps=300, stop_at_accuracy=0.15, check_every=5)
 
 
