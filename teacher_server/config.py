@@ -39,7 +39,7 @@ class ServerConfig(Section):
     model_name: str = ""
     """Name shown to clients; empty: the last part of `model`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the model; auto: as the checkpoint says, float32 on a CPU."""
+    """Arithmetic of the model; auto: as the checkpoint is stored (backend torch on a CPU: float32)."""
     device: str = "auto"
     """Torch device; auto: a GPU where one is visible."""
     threads: int = Field(default=0, ge=0, le=1024)
