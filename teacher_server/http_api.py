@@ -23,7 +23,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teacher_api import info as info_api
 from teacher_api import wire
-from teacher_api.errors import Cancelled, InternalError, InvalidRequest, NotFound, TeacherError, TooLarge, Unsupported
+from teacher_api.errors import (
+    Cancelled,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    TeacherError,
+    TooLarge,
+    Unavailable,
+    Unsupported,
+)
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server import json_models
 from teacher_server.answers import FRAME_BYTES, frames_of, is_small, response_of
@@ -210,7 +219,14 @@ class _Envelope:
                 self._keys.check(headers.get("authorization"))
                 await self._app(scope, receive, with_id)
         except TeacherError as error:
+            if started:
+                raise  # too late for a status: the connection is cut, and the caller sees an answer without its end
             await _send_problem(error, request_id, with_id)
+        except asyncio.CancelledError:  # the grace is over; uvicorn would say 500, which nobody asks again after
+            if started:
+                raise
+            cut = Unavailable("the server shut down before this was answered; try another, or this one again")
+            await _send_problem(cut, request_id, with_id)
         except Exception as error:  # the process boundary: a bug must not take the server, nor show its insides
             log.error("internal_error", request_id=request_id, path=scope["path"], exc_info=error)
             if started:

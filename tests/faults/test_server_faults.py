@@ -522,6 +522,17 @@ def test_a_stream_whose_client_is_silent_ends_when_the_server_closes():
         release.set()
 
 
+def test_calls_cut_off_by_the_end_of_the_grace_may_be_asked_again():
+    backend = Gated()
+    with serving(lambda config: backend, grace_s=0.2) as server, ThreadPoolExecutor(1) as pool:
+        backend.gate.clear()
+        waiting = pool.submit(post, server, request_of([1, 2, 3]))
+        assert backend.entered.wait(10)
+        server.drain()
+        answer = waiting.result(30)
+        assert (answer.status_code, answer.json()["kind"], answer.json()["retryable"]) == (503, "unavailable", True)
+
+
 def test_all_of_it_together_leaves_nothing_behind(gated_server: Server):
     """After the drills above the budget is whole again: a request that needs all of it is accepted."""
     request = ScoreRequest([Completion(str(n), np.ones(64, np.int32)) for n in range(4)])
