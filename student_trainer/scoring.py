@@ -96,9 +96,10 @@ def check_teacher(info: TeacherInfo, needs: Needs, options: ScoreOptions, longes
     }
     lacking = [name for name, needed in wanted.items() if needed and name not in info.features]
     if lacking:
+        cure = "; with loss.support=teacher no candidates are sent" if "candidates" in lacking else ""
         raise HandshakeError(
             f"the teacher ({info.engine}, {info.scoring_path}) does not offer {', '.join(lacking)}, which loss and "
-            f"teacher.top_k={options.top_k} ask for; it offers {', '.join(info.features)}"
+            f"teacher.top_k={options.top_k} ask for; it offers {', '.join(info.features)}{cure}"
         )
     if isinstance(options.top_k, int) and options.top_k > info.max_top_k:
         raise HandshakeError(f"teacher.top_k is {options.top_k}, this teacher gives at most {info.max_top_k}")

@@ -13,7 +13,9 @@ import pytest
 from student_trainer import guards, scoring
 from student_trainer.config import TeacherConfig
 from student_trainer.distributed import Distributed
+from student_trainer.losses import build
 from student_trainer.losses.base import Needs
+from student_trainer.losses.config import parse_loss
 from student_trainer.types import Prompt, Rollout
 from teacher_api.errors import (
     DeadlineExceeded,
@@ -159,6 +161,15 @@ def test_a_failed_call_is_an_outage_another_teacher_or_a_refusal(error: TeacherE
 def test_what_this_teacher_would_refuse_is_refused_before_the_first_step(options, needs, longest, words) -> None:
     with pytest.raises(scoring.HandshakeError, match=words):
         scoring.check_teacher(INFO, needs, options, longest)
+
+
+def test_a_teacher_of_its_own_top_k_alone_is_told_which_support_fits() -> None:
+    """The vLLM backend with a large vocabulary, and the README's way of asking it."""
+    alone = dataclasses.replace(INFO, features=("top_k", "float16"))
+    with pytest.raises(scoring.HandshakeError, match=r"does not offer candidates.*loss.support=teacher"):
+        scoring.check_teacher(alone, build(parse_loss({})).needs(2), ScoreOptions(top_k=2), 9)
+    readme = build(parse_loss({"support": "teacher"})).needs(2)
+    assert len(scoring.check_teacher(alone, readme, ScoreOptions(top_k=2), 9)) == 1
 
 
 def test_a_tail_that_is_not_exact_is_a_warning() -> None:
