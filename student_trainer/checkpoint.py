@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from student_trainer.optim import Optimizer
@@ -22,6 +23,8 @@ from teacher_api.settings import Section
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "trainer_state.json", "optimizer.safetensors"
+DISK_ERRORS = (OSError, SafetensorError)
+"""How a disk's refusal shows: safetensors has its own exception for it."""
 
 
 class CheckpointConfig(Section):
@@ -75,7 +78,7 @@ def save(
         partial.rename(final)
         _flush_directory(root)
         _remove_leftovers(root)
-    except OSError as error:
+    except DISK_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"can't write checkpoint {final}: {error}; earlier checkpoints are untouched") from error
     return final
@@ -92,7 +95,7 @@ def export(path: Path, *, model: Saveable, tokenizer: Saveable | None) -> Path:
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
         _flush_directory(path.parent)
-    except OSError as error:
+    except DISK_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"can't write {path}: {error}") from error
     return path

@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from student_trainer.config import StudentConfig
 from student_trainer.types import Rollout
 from teacher_api import causal_lm
 
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError)
+"""What transformers raises for files that are missing, cut short, of another shape or of an unknown architecture."""
 VERIFY_TOKENS = 16
 """Length of the sequence on which trunk and head are held against the whole model after loading."""
 
@@ -89,7 +92,7 @@ def load(config: StudentConfig, device: torch.device) -> Student:
     """Loads model and tokenizer, checks the cut into trunk and head, and prepares the model for training.
 
     Raises:
-        StudentError: nothing there, not a causal language model, or without a tokenizer.
+        StudentError: nothing there, damaged, not a causal language model, without some of its weights or a tokenizer.
     """
     import transformers
 
@@ -97,10 +100,13 @@ def load(config: StudentConfig, device: torch.device) -> Student:
         where = _locate(config)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-            model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                **where, dtype=torch.float32, output_loading_info=True
+            )
+        except LOAD_ERRORS as error:
             cause = " ".join(str(error).split())[:300]
             raise StudentError(f"student.model {config.model!r} can't be loaded: {cause}") from error
+    _refuse_random(config, report)
     model.to(device)
     eos = eos_token_ids(model, tokenizer)
     if len(tokenizer) > causal_lm.logit_width(model):
@@ -168,6 +174,18 @@ def _locate(config: StudentConfig) -> dict[str, Any]:
         raise StudentError(f"student.model {config.model!r} is not a directory; expected a checkpoint or a hub id")
     revision = {"revision": config.revision} if config.revision else {}
     return {"pretrained_model_name_or_path": config.model, "trust_remote_code": False, **revision}
+
+
+def _refuse_random(config: StudentConfig, report: dict[str, Any]) -> None:
+    """transformers fills in what a checkpoint lacks with random numbers."""
+    for what in ("missing_keys", "mismatched_keys"):
+        names = sorted(map(str, report[what]))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise StudentError(
+                f"student.model {config.model!r} has {what.replace('_', ' ')}: {', '.join(names[:3])}{more}; the "
+                "student would be partly random"
+            )
 
 
 @torch.no_grad()

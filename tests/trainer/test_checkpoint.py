@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -110,6 +112,23 @@ def test_a_disk_that_refuses_leaves_the_previous_checkpoint(
     later = save(tmp_path, 3, model, optimizer)
     assert checkpoint.find_latest(tmp_path) == later
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_full_disk_is_the_cause_that_is_named(tmp_path: Path) -> None:
+    """A real one: safetensors reports it in an exception of its own."""
+    model, optimizer = trained()
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match="File too large"):
+            save(tmp_path, 1, model, optimizer)
+        with pytest.raises(checkpoint.CheckpointError, match="File too large"):
+            checkpoint.export(tmp_path / "final", model=model, tokenizer=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(tmp_path.glob("**/*.safetensors"))
 
 
 def test_the_same_step_can_be_saved_again_and_old_ones_are_pruned(tmp_path: Path) -> None:

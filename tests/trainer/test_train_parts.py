@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tinymodels import ARCHITECTURES, save_tiny
 
 from student_trainer import guards
@@ -149,6 +150,20 @@ def test_a_student_that_is_not_there_is_one_clear_line(name: str, words: str, tm
     with pytest.raises(StudentError, match=words) as caught:
         load(StudentConfig(model=name.format(tmp=tmp_path)), CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_cut_short_or_without_some_weights_is_refused(tmp_path) -> None:
+    for name in ("cut", "lacking"):
+        save_tiny(tmp_path / name)
+    cut, lacking = tmp_path / "cut" / "model.safetensors", tmp_path / "lacking" / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    tensors = load_file(lacking)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, lacking, metadata={"format": "pt"})
+    with pytest.raises(StudentError, match="can't be loaded"):
+        load(StudentConfig(model=str(cut.parent)), CPU)
+    with pytest.raises(StudentError, match=r"missing keys: model.layers.0.mlp.up_proj.weight; .* partly random"):
+        load(StudentConfig(model=str(lacking.parent)), CPU)
 
 
 def test_a_tokenizer_larger_than_the_head_is_refused(tmp_path) -> None:
