@@ -21,6 +21,7 @@ from teacher_api.asking import Answers, Asker, Deadline, Part, parts_of
 from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError
 from teacher_api.transport import Transport
 from teacher_api.types import CallMetadata, ScoreRequest, Scores, TeacherInfo
+from teacher_api.wire import check_options
 
 T = TypeVar("T")
 SCHEMES = ("grpc", "grpcs", "http", "https")
@@ -198,11 +199,21 @@ def _check_shape(request: ScoreRequest) -> None:
     """What would make answers ambiguous, and is wrong for every teacher."""
     if not request.completions:
         raise InvalidRequest("empty; expected at least one completion", field="completions")
+    check_options(request.options)
     seen: set[str] = set()
     for i, completion in enumerate(request.completions):
+        if not _is_text(completion.id):
+            raise InvalidRequest(f"{completion.id!r:.80}; expected text", field=f"completions[{i}].id")
         if completion.id in seen:
             raise InvalidRequest(f"{completion.id!r:.80} is there twice", field=f"completions[{i}].id")
         seen.add(completion.id)
+
+
+def _is_text(value: object) -> bool:
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _scores_only(answers: list[Scores | TeacherError]) -> list[Scores]:

@@ -140,6 +140,8 @@ def scored_positions(completion: Completion, prompt_tokens: int) -> IntArray:
         ValueError: a range is empty, descends, overlaps, starts at 0, or ends past the sequence; or nothing is left.
     """
     num_tokens = prompt_tokens + len(completion.token_ids)
+    if num_tokens == 1 and not completion.ranges:
+        raise ValueError("a sequence of one token has no position with a score; expected two tokens or more")
     ranges = completion.ranges or ((max(prompt_tokens, 1), num_tokens),)
     previous_stop = 1
     for start, stop in ranges:

@@ -43,6 +43,7 @@ __all__ = [
     "DecodedRequest",
     "Question",
     "check_candidates",
+    "check_options",
     "check_scores",
     "checksum",
     "decode_error_message",
@@ -67,14 +68,17 @@ def resolve(request: ScoreRequest, completion: Completion, field: str = "") -> t
     """The whole sequence [T] and its scored positions [N] of one completion of `request`.
 
     Raises:
-        InvalidRequest: its prompt index, ranges or candidates are wrong; `field` is the prefix of the field it names.
+        InvalidRequest: its tokens are no sequence, or its prompt index, ranges or candidates are wrong; `field` is the
+            prefix of the field it names.
     """
+    _check_tokens(completion.token_ids, f"{field}.token_ids")
     prompt: IntArray = np.zeros(0, np.int32)
     if completion.prompt_index is not None:
         if not 0 <= completion.prompt_index < len(request.prompts):
             expected = f"expected 0…{len(request.prompts) - 1}" if request.prompts else "but there are no prompts"
             raise InvalidRequest(f"got {completion.prompt_index}, {expected}", field=f"{field}.prompt_index")
         prompt = request.prompts[completion.prompt_index]
+        _check_tokens(prompt, f"prompts[{completion.prompt_index}]")
     try:
         positions = scored_positions(completion, len(prompt))
     except ValueError as error:
@@ -85,6 +89,14 @@ def resolve(request: ScoreRequest, completion: Completion, field: str = "") -> t
         except ValueError as error:
             raise InvalidRequest(str(error), field=f"{field}.candidates") from None
     return np.concatenate([prompt, completion.token_ids]).astype(np.int32, copy=False), positions
+
+
+def _check_tokens(tokens: IntArray, field: str) -> None:
+    shape = np.shape(tokens)
+    if len(shape) != 1:
+        raise InvalidRequest(f"shape is {list(shape)}; expected one dimension", field=field)
+    if shape[0] == 0:
+        raise InvalidRequest("empty; expected at least one token", field=field)
 
 
 def question(
@@ -148,9 +160,23 @@ def _encode_completion(completion: Completion, field: str) -> pb.Completion:
     return message
 
 
+def check_options(options: ScoreOptions) -> None:
+    """Refuses options that have no form on the wire, or no meaning for any teacher.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    top_k = options.top_k
+    if top_k != "all" and not (isinstance(top_k, int | np.integer) and 0 <= top_k <= arrays.MAX_ID):
+        raise InvalidRequest(f"{top_k!r:.80}; expected 0 to {arrays.MAX_ID}, or 'all'", field="options.top_k")
+    if options.value_type not in _VALUE_TYPES.values():
+        raise InvalidRequest(f"{options.value_type!r:.80}; expected float32 or float16", field="options.value_type")
+    if not (math.isfinite(options.temperature) and options.temperature > 0):
+        raise InvalidRequest(f"{options.temperature}; expected a finite number above 0", field="options.temperature")
+
+
 def _encode_options(options: ScoreOptions) -> pb.ScoreOptions:
-    if options.top_k != "all" and options.top_k < 0:
-        raise InvalidRequest(f"{options.top_k}; expected 0 or more, or 'all'", field="options.top_k")
+    check_options(options)
     return pb.ScoreOptions(
         top_k=0 if options.top_k == "all" else options.top_k,
         full_vocabulary=options.top_k == "all",

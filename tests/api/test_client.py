@@ -420,6 +420,10 @@ def test_api_key_and_metadata(serve):
         ([], "completions"),
         ([Completion("a", ids(1, 2)), Completion("a", ids(1, 2))], "completions[1].id"),
         ([Completion("a", ids(1))], "completions[0].ranges"),
+        ([Completion("a", ids())], "completions[0].token_ids"),
+        ([Completion("a", np.zeros((2, 3), np.int32))], "completions[0].token_ids"),
+        ([Completion(7, ids(1, 2))], "completions[0].id"),
+        ([Completion("\ud800", ids(1, 2))], "completions[0].id"),
         ([Completion("a", ids(1, -2))], "completions[0].token_ids"),
         ([Completion("a", ids(1, 2), ranges=((0, 2),))], "completions[0].ranges"),
         ([Completion("a", ids(1, 2), 3)], "completions[0].prompt_index"),
@@ -431,6 +435,19 @@ def test_what_cannot_be_asked_is_refused_here(completions, field):
     with pytest.raises(errors.InvalidRequest) as caught:
         run(SERVE["grpc"], teacher, lambda c: c.score(ScoreRequest(completions)))
     assert caught.value.field == field
+    assert not teacher.asked
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"top_k": -1}, {"top_k": 1 << 40}, {"top_k": "ALL"}, {"value_type": "bfloat16"}, {"temperature": float("nan")}],
+)
+def test_options_that_no_teacher_has_are_refused_here(option):
+    teacher = FakeTeacher()
+    request = ScoreRequest([Completion("a", ids(1, 2))], options=ScoreOptions(**option))
+    with pytest.raises(errors.InvalidRequest) as caught:
+        run(SERVE["grpc"], teacher, lambda c: c.score(request))
+    assert caught.value.field == f"options.{next(iter(option))}"
     assert not teacher.asked
 
 
