@@ -136,9 +136,10 @@ def _rank(command: Command, url: str = "") -> int:
             guards.TrainingError,
             RolloutError,
             scoring.ScoreError,
-            scoring.HandshakeError,
             TeacherError,
             CheckpointError,
+            ValueError,  # another teacher than before; an objective of the user's own that gives what it must not
+            OSError,  # a disk that refuses a line of metrics
         ) as error:
             return _say(error, FAILED)
     return 0

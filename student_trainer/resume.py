@@ -42,6 +42,8 @@ def find_start(config: TrainConfig) -> Start:
         CheckpointError: the checkpoint named by checkpoint.resume is not whole.
     """
     run_dir, resume = Path(config.train.output_dir), config.checkpoint.resume
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ResumeError(f"train.output_dir {run_dir} is a file; expected a directory, or a name that is free")
     recorded = _recorded(run_dir)
     if recorded is not None:
         changed = differences(recorded, experiment(config))
@@ -65,11 +67,18 @@ def find_start(config: TrainConfig) -> Start:
 
 
 def record(config: TrainConfig) -> None:
-    """Writes run.json, which later starts are held against, and the resolved configuration for people to read."""
+    """Writes run.json, which later starts are held against, and the resolved configuration for people to read.
+
+    Raises:
+        ResumeError: the directory can't be made or written to.
+    """
     run_dir = Path(config.train.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _replace(run_dir / CONFIG_FILE, dump_yaml(config))
-    _replace(run_dir / RUN_FILE, json.dumps({"experiment": experiment(config)}, indent=1) + "\n")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _replace(run_dir / CONFIG_FILE, dump_yaml(config))
+        _replace(run_dir / RUN_FILE, json.dumps({"experiment": experiment(config)}, indent=1) + "\n")
+    except OSError as error:
+        raise ResumeError(f"train.output_dir {run_dir} can't be written: {error}") from error
 
 
 def _recorded(run_dir: Path) -> dict[str, Any] | None:

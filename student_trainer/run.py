@@ -22,7 +22,7 @@ from student_trainer.losses.base import AnyObjective, Needs
 from student_trainer.optim import Optimizer
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student
-from student_trainer.tracking import Tracker
+from student_trainer.tracking import Tracker, check_installed
 from student_trainer.types import Metrics, Prompt, ScoredRollout
 from teacher_api.types import ScoreOptions, TeacherInfo
 
@@ -180,6 +180,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
         TeacherGone, TeacherError, CheckpointError: the teacher or the checkpoint can't be used.
     """
     start = resume.find_start(config)
+    check_installed(config.tracking)
     objective = build(config.loss)
     needs = objective.needs(config.teacher.top_k)
     student = students.load(config.student, dist.device)
@@ -262,6 +263,8 @@ def _eval_prompts(config: TrainConfig, student: Student) -> Sequence[Prompt]:
         raise ValueError(
             f"eval.data: {len(without)} of {len(prompts)} problems have no answer, the first is {without[0]}"
         )
+    new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    _refuse_too_long(prompts, new_tokens, student, "eval.max_new_tokens", "eval.data.max_prompt_tokens")
     return prompts
 
 
@@ -282,11 +285,19 @@ def _warnings(config: TrainConfig, prompts: PromptSource) -> list[str]:
 
 
 def _longest_tokens(config: TrainConfig, student: Student, prompts: PromptSource) -> int:
-    """Longest sequence that can come up; refused where the student has no positions for it."""
-    longest: int = max(len(p.token_ids) for p in prompts.all()) + config.rollout.max_new_tokens
+    """Longest sequence that can come up in training."""
+    new_tokens = config.rollout.max_new_tokens
+    return _refuse_too_long(prompts.all(), new_tokens, student, "rollout.max_new_tokens", "data.max_prompt_tokens")
+
+
+def _refuse_too_long(
+    prompts: Sequence[Prompt], new_tokens: int, student: Student, new_key: str, prompt_key: str
+) -> int:
+    """Length of the longest prompt with its completion; refused where the student has no positions for it."""
+    longest = max(len(p.token_ids) for p in prompts) + new_tokens
     if student.max_tokens and longest > student.max_tokens:
         raise ValueError(
-            f"the longest prompt and rollout.max_new_tokens make {longest} tokens, the student has positions for "
-            f"{student.max_tokens}; lower rollout.max_new_tokens or set data.max_prompt_tokens"
+            f"the longest prompt and {new_key} make {longest} tokens, the student has positions for "
+            f"{student.max_tokens}; lower {new_key} or set {prompt_key}"
         )
     return longest

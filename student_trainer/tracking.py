@@ -73,6 +73,18 @@ class Tracker:
         self._trackers = []
 
 
+def check_installed(config: TrackingConfig) -> None:
+    """Raises ValueError for a tracker whose package is not there."""
+    if not config.trackers:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for name in config.trackers:
+        if name not in available:
+            raise ValueError(f"tracking.trackers: {name} is not installed; install it or leave it out")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
     lines = path.read_text().splitlines(keepends=True)
@@ -82,10 +94,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _start(name: str, run_dir: Path, config: TrackingConfig, resolved_config: dict[str, Any]) -> Any:
     """One of accelerate's trackers, started and told the configuration."""
     from accelerate import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    if name not in [str(tracker) for tracker in get_available_trackers()]:
-        raise ValueError(f"tracking.trackers: {name} is not installed; install it or leave it out")
     PartialState()  # the trackers ask it which rank is the main one
     cls = LOGGER_TYPE_TO_CLASS[name]
     run_name = config.run_name or run_dir.resolve().name

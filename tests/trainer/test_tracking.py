@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from student_trainer.tracking import Tracker, TrackingConfig, read_metrics
+from student_trainer.tracking import Tracker, TrackingConfig, check_installed, read_metrics
 
 
 def lines(run_dir: Path) -> list[dict[str, float]]:
@@ -49,9 +49,10 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert "learning_rate" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_named() -> None:
+    check_installed(TrackingConfig(trackers=("tensorboard",)))
     with pytest.raises(ValueError, match="clearml is not installed"):
-        Tracker(tmp_path, TrackingConfig(trackers=("clearml",)), {})
+        check_installed(TrackingConfig(trackers=("clearml",)))
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

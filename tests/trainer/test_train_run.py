@@ -233,6 +233,10 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["eval.every=1"], "eval.data"),
     (["eval.every=1", "eval.data.source={place}/prompts.txt"], "have no answer"),
     (["checkpoint.resume={place}"], "not a whole checkpoint"),
+    (["eval.every=1", "eval.data.source={place}/problems.jsonl", "eval.max_new_tokens=500"], "eval.max_new_tokens"),
+    (["tracking.trackers=[clearml]"], "clearml is not installed"),
+    (["--output-dir={place}/prompts.txt"], "is a file"),
+    (["--output-dir={place}/prompts.txt/below"], "can't be written"),
     (["--teacher-model=x"], "got both"),
 ]
 
@@ -279,6 +283,20 @@ def test_another_experiment_is_refused_in_the_same_directory(train, capfd) -> No
     code, _ = train("train.seed=7")
     assert code == 2
     assert "train.seed: 0 -> 7" in capfd.readouterr().err
+
+
+def test_an_objective_that_gives_what_it_must_not_is_one_line(
+    train, capfd, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "losses_of_mine.py").write_text(
+        "import torch\nfrom student_trainer.losses.base import PerToken\n"
+        "def wrong(inputs, config):\n    return PerToken(torch.zeros(3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _ = train("loss.objective=losses_of_mine:wrong")
+    said = capfd.readouterr().err.splitlines()
+    assert code == 1
+    assert said[-1].startswith("student-train: losses_of_mine:wrong returned value of shape (3,)")
 
 
 def test_the_key_from_the_environment_reaches_the_teacher(train, monkeypatch) -> None:
