@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -32,6 +33,9 @@ _log = logging.getLogger("teacher_api")
 
 FILL = 0.5
 """Share of a teacher's stated limits that we fill: our estimate of a message need not be the server's."""
+PART_TOKENS = 1 << 17
+"""Of the sequences of one part, which a teacher takes or refuses as a whole: a small share of what it accepts at a time
+(2,000,000 unless configured otherwise), and soon scored, so that an attempt ends within its time."""
 WAIT_INITIAL_S, WAIT_MAX_S, WAIT_JITTER_S = 0.1, 5.0, 0.5
 RETRY_AFTER_JITTER = 0.25
 """Share added at random to a delay the server asks for, so that its callers don't all come back at once."""
@@ -70,13 +74,16 @@ def _answer_bytes(question: wire.Question, info: TeacherInfo) -> int:
     return 256 + per_row * len(question.positions) + (4 * len(candidates.ids) if candidates is not None else 0)
 
 
+def _num_tokens(request: ScoreRequest, completion: Completion) -> int:
+    prompt = 0 if completion.prompt_index is None else len(request.prompts[completion.prompt_index])
+    return prompt + len(completion.token_ids)
+
+
 def _request_bytes(request: ScoreRequest, completion: Completion) -> int:
-    tokens = len(completion.token_ids)
-    if completion.prompt_index is not None:
-        tokens += len(request.prompts[completion.prompt_index])
+    values = _num_tokens(request, completion)
     if completion.candidates is not None:
-        tokens += len(completion.candidates.ids) + len(completion.candidates.row_offsets)
-    return 256 + 4 * tokens
+        values += len(completion.candidates.ids) + len(completion.candidates.row_offsets)
+    return 256 + 4 * values
 
 
 def parts_of(request: ScoreRequest, info: TeacherInfo, *, streamed: bool) -> Iterator[Part]:
@@ -86,7 +93,7 @@ def parts_of(request: ScoreRequest, info: TeacherInfo, *, streamed: bool) -> Ite
         InvalidRequest: a completion can't be asked as it is; names the field.
     """
     group: dict[str, tuple[Completion, wire.Question]] = {}
-    sent = received = 0
+    sent = received = tokens = 0
     for i, completion in enumerate(request.completions):
         question = wire.question(
             request,
@@ -95,29 +102,53 @@ def parts_of(request: ScoreRequest, info: TeacherInfo, *, streamed: bool) -> Ite
             tokenizer_size=info.tokenizer_size,
             field=f"completions[{i}]",
         )
+        length = _num_tokens(request, completion)
         out, back = _request_bytes(request, completion), _answer_bytes(question, info)
         if not streamed and back > FILL * info.max_response_bytes:
             yield Part({completion.id: (completion, question)}, streamed=True)
             continue
         full = (
             len(group) >= info.max_completions
+            or tokens + length > PART_TOKENS
             or sent + out > FILL * info.max_request_bytes
             or (not streamed and received + back > FILL * info.max_response_bytes)
         )
         if group and full:
             yield Part(group, streamed)
-            group, sent, received = {}, 0, 0
+            group, sent, received, tokens = {}, 0, 0, 0
         group[completion.id] = (completion, question)
-        sent, received = sent + out, received + back
+        sent, received, tokens = sent + out, received + back, tokens + length
     if group:
         yield Part(group, streamed)
+
+
+def _used_prompts(completions: Sequence[Completion]) -> list[int]:
+    return sorted({c.prompt_index for c in completions if c.prompt_index is not None})
+
+
+_PLACE = re.compile(r"(completions|prompts)\[(\d+)\]")
+
+
+def _in_callers_places(error: TeacherError, request: ScoreRequest, sent: Sequence[Completion]) -> TeacherError:
+    """`error`, its field counted in `request` and no longer in the message that held some of its completions."""
+    found = _PLACE.match(error.field)
+    if found is None:
+        return error
+    places = _used_prompts(sent)
+    if found[1] == "completions":
+        place_of = {c.id: i for i, c in enumerate(request.completions)}
+        places = [place_of[c.id] for c in sent]
+    place = int(found[2])
+    if place < len(places):
+        error.field = f"{found[1]}[{places[place]}]{error.field[found.end() :]}"
+    return error
 
 
 def _subset(
     request: ScoreRequest, completions: Sequence[Completion], fingerprint: str, timeout_s: float
 ) -> ScoreRequest:
     """The request for some of its completions, with only the prompts that they use."""
-    used = sorted({c.prompt_index for c in completions if c.prompt_index is not None})
+    used = _used_prompts(completions)
     place = {index: i for i, index in enumerate(used)}
     moved = [replace(c, prompt_index=None if c.prompt_index is None else place[c.prompt_index]) for c in completions]
     return replace(
@@ -231,17 +262,22 @@ class Asker:
         async with self._slots:  # _retrying holds this wait to the deadline, too
             limit_s = self._limit_s(deadline)
             completions = [part.questions[name][0] for name in open_ids]
-            message = wire.encode_request(_subset(request, completions, fingerprint, limit_s))
             questions = {name: part.questions[name][1] for name in open_ids}
             try:
+                message = wire.encode_request(_subset(request, completions, fingerprint, limit_s))
                 if part.streamed:
                     found = await self._streamed(message, questions, limit_s, answers)
                 else:
                     found = await self._unary(message, questions, limit_s, fingerprint)
             except DeadlineExceeded as error:
                 raise self._own_or_overall(error, deadline) from error
+            except TeacherError as error:
+                _in_callers_places(error, request, completions)
+                raise
         first: TeacherError | None = None
         for name, answer in found.items():
+            if isinstance(answer, TeacherError):
+                answer = _in_callers_places(answer, request, completions)
             if isinstance(answer, DeadlineExceeded):
                 answer = self._own_or_overall(answer, deadline)
             if isinstance(answer, TeacherError) and answer.retryable:

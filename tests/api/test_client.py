@@ -356,6 +356,32 @@ def test_large_requests_are_cut_to_the_limits(serve):
     assert sorted(map(len, teacher.asked)) == [1, 2, 2, 2]
 
 
+def test_many_tokens_are_cut_into_parts(serve, monkeypatch):
+    monkeypatch.setattr(asking, "PART_TOKENS", 12)
+    teacher = FakeTeacher()
+    request = ScoreRequest([Completion(name, ids(1, 2, 3), 0) for name in "abcde"], [ids(4, 5)])
+    check(request, run(serve, teacher, lambda c: c.score(request)))
+    assert sorted(map(len, teacher.asked)) == [1, 2, 2], "five tokens each, the prompt included"
+
+
+def test_errors_name_the_callers_own_places(serve):
+    """Whatever was cut off or left out of the message that failed."""
+    bad = errors.InvalidRequest("bad id", field="completions[0].token_ids[3]")
+    prompt = errors.InvalidRequest("bad prompt", field="prompts[0][1]")
+    request = ScoreRequest(
+        [Completion("a", ids(1, 2)), Completion("b", ids(1, 2), 1), Completion("c", ids(1, -2))], [ids(1), ids(2)]
+    )
+    teacher = FakeTeacher(Fault(of={"a": bad, "b": bad}), max_completions=1)
+    answers = run(serve, teacher, lambda c: c.score(request, return_errors=True), max_concurrency=1)
+    assert [a.field for a in answers if isinstance(a, errors.TeacherError)] == [
+        "completions[0].token_ids[3]",
+        "completions[2].token_ids",
+    ]
+    teacher = FakeTeacher(Fault(), Fault(of={"b": prompt}), max_completions=1)
+    answers = run(serve, teacher, lambda c: c.score(request, return_errors=True), max_concurrency=1)
+    assert answers[1].field == "prompts[1][1]"
+
+
 def test_large_answers_go_over_the_stream(serve):
     teacher = FakeTeacher(max_response_bytes=4000, max_rows_bytes=400)
     big = Completion("big", np.arange(20, dtype=np.int32))
