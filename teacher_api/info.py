@@ -45,8 +45,10 @@ def teacher_fingerprint(
     scoring_path: str,
     engine: str,
     engine_version: str,
+    tokenizer_size: int,
 ) -> str:
-    """Digest over all that can change a number. `weights_digest` covers adapters as well."""
+    """Digest over all that can change a number. `weights_digest` covers adapters as well; `tokenizer_size` says
+    which ids may be among the top-k, and it is not in the weights."""
     return _digest_of_parts(
         {
             "weights": weights_digest,
@@ -56,6 +58,7 @@ def teacher_fingerprint(
             "scoring_path": scoring_path,
             "engine": engine,
             "engine_version": engine_version,
+            "tokenizer_size": str(tokenizer_size),
         }
     )
 

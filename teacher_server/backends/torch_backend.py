@@ -112,6 +112,8 @@ class TorchBackend(ScoringBackend):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
             torch.use_deterministic_algorithms(True)
         mode = f"reference, {self._threads} threads" if self._reference else "batched"
+        if self._reference and self._head_chunk_rows:
+            mode += f", head in chunks of {self._head_chunk_rows} rows"  # a product's last bits depend on its size
         return load(
             self._model,
             revision=self._revision,

@@ -17,6 +17,7 @@ FACTS = {
     "quantisation": "",
     "head_dtype": "float32",
     "scoring_path": "torch",
+    "tokenizer_size": 120,
     "engine": "torch",
     "engine_version": "2",
 }

@@ -445,6 +445,8 @@ def test_facts_and_features(checkpoint: Any, opened: Any) -> None:
     assert facts.scoring_path == "cpu, reference, 1 threads"
     assert facts.engine_version == f"torch {torch.__version__}, transformers {transformers.__version__}"
     assert facts.tokenizer_fingerprint
+    chunked = opened(checkpoint("mamba2"), reference=True, threads=0, head_chunk_rows=3)
+    assert chunked.load().scoring_path == "cpu, reference, 1 threads, head in chunks of 3 rows"
     assert facts.weights_digest
 
 
