@@ -7,6 +7,7 @@ same dependence on context, wrong names. `random`: p' is a hash of the context, 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -25,8 +26,6 @@ PERMUTATION_SEED = 20240613  # any fixed number: the control must be the same te
 
 class ControlBackend(ScoringBackend):
     def __init__(self, inner: ScoringBackend, kind: Literal["shuffle", "random"]) -> None:
-        if kind == "shuffle" and "full_vocabulary" not in inner.features:
-            raise ValueError(f"control shuffle needs a backend with full_vocabulary; {inner.name} has it not")
         self.inner = inner
         self.kind = kind
         self.name = inner.name
@@ -44,6 +43,11 @@ class ControlBackend(ScoringBackend):
 
     def load(self) -> ModelFacts:
         facts = self.inner.load()
+        if self.kind == "shuffle" and "full_vocabulary" not in self.inner.features:
+            raise ValueError(
+                f"control shuffle needs the whole vocabulary of each row, and backend {self.inner.name} does not give "
+                "it for this model; use backend torch, or control random"
+            )
         self._facts = replace(facts, scoring_path=f"control {self.kind}: {facts.scoring_path}")
         generator = np.random.Generator(np.random.Philox(key=PERMUTATION_SEED))
         self._permutation = generator.permutation(facts.tokenizer_size)
@@ -53,11 +57,11 @@ class ControlBackend(ScoringBackend):
         assert self._facts is not None, "score() before load()"
         width, vocabulary = self._facts.logit_width, self._facts.tokenizer_size
         if self.kind == "random":
-            return [score_rows(job, _noise_of(job, width), width, vocabulary) for job in jobs]
+            return [await asyncio.to_thread(score_rows, job, _noise_of(job, width), width, vocabulary) for job in jobs]
         options = [ScoreOptions(top_k="all", temperature=job.options.temperature) for job in jobs]
         asked = [replace(job, options=o, candidates=None) for job, o in zip(jobs, options, strict=True)]
         answers = await self.inner.score(asked)
-        return [self._shuffled(job, answer) for job, answer in zip(jobs, answers, strict=True)]
+        return [await asyncio.to_thread(self._shuffled, job, answer) for job, answer in zip(jobs, answers, strict=True)]
 
     def _shuffled(self, job: ScoreJob, answer: Scores | TeacherError) -> Scores | TeacherError:
         if isinstance(answer, TeacherError):

@@ -146,3 +146,13 @@ def test_random_has_no_trace_of_the_model_and_another_fingerprint():
     scores = one(control, job([1, 2, 3, 4], [1, 2, 3], ScoreOptions(top_k="all")))
     mass = np.logaddexp(np.logaddexp.reduce(scores.topk_logprob.astype(np.float64), axis=1), scores.log_tail)
     assert np.abs(mass).max() < 1e-5
+
+
+def test_shuffle_needs_whole_rows_as_known_once_the_model_is_loaded():
+    class TopKOnly(FakeBackend):
+        def load(self):
+            self.features = frozenset({"top_k", "float16"})
+            return super().load()
+
+    with pytest.raises(ValueError, match="whole vocabulary"):
+        ControlBackend(TopKOnly(), "shuffle").load()
