@@ -80,7 +80,8 @@ class Console:
         self._rich.print(table)
 
     def say(self, line: str) -> None:
-        self._rich.print(Text(line))
+        # Not wrapped: in a log file a line is one line, and its paths are whole.
+        self._rich.print(Text(line), soft_wrap=True)
 
     @contextmanager
     def progress(self, what: str, items: Iterable[T], total: int) -> Iterator[Iterator[T]]:
