@@ -34,7 +34,7 @@ class CheckpointConfig(Section):
     """How many of the newest stay on disk."""
     resume: str = "auto"
     """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: refuse to run where one
-    is; or the path of a checkpoint to go on from."""
+    is; or the path of a checkpoint of another run to begin from, in an output_dir of its own."""
 
 
 class CheckpointError(RuntimeError):
@@ -112,10 +112,18 @@ def prune(run_dir: Path, keep_last: int) -> None:
 
 def find_latest(run_dir: Path) -> Path | None:
     """The newest checkpoint whose files all have the size and digest its manifest says, or None."""
+    return find_whole(run_dir)[0]
+
+
+def find_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """As `find_latest`, and what is wrong with each newer one that was passed over."""
+    passed_over: list[str] = []
     for path in _steps(run_dir / "checkpoints"):
-        if not problems(path):
-            return path
-    return None
+        wrong = problems(path)
+        if not wrong:
+            return path, passed_over
+        passed_over.append(wrong)
+    return None, passed_over
 
 
 def problems(path: Path) -> str:

@@ -28,6 +28,7 @@ class Start:
 
     checkpoint: Path | None
     state: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -38,15 +39,26 @@ def find_start(config: TrainConfig) -> Start:
     """Decides from train.output_dir and checkpoint.resume.
 
     Raises:
-        ResumeError: the directory holds another experiment, or a run that must not be gone on with.
-        CheckpointError: the checkpoint named by checkpoint.resume is not whole.
+        ResumeError: the directory holds another experiment, a run that must not be gone on with, or one that is past
+            train.steps.
+        CheckpointError: the checkpoint that the run begins from is not whole.
     """
+    start = _start(config)
+    if start.step > config.train.steps:
+        raise ResumeError(
+            f"{start.checkpoint} is at step {start.step}, train.steps is {config.train.steps}; ask for at least "
+            "as many, or use another train.output_dir"
+        )
+    return start
+
+
+def _start(config: TrainConfig) -> Start:
     run_dir, resume = Path(config.train.output_dir), config.checkpoint.resume
     if run_dir.exists() and not run_dir.is_dir():
         raise ResumeError(f"train.output_dir {run_dir} is a file; expected a directory, or a name that is free")
     recorded = _recorded(run_dir)
     if recorded is not None:
-        changed = differences(recorded, experiment(config))
+        changed = differences(recorded["experiment"], experiment(config))
         if changed:
             more = f" and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
             raise ResumeError(
@@ -59,11 +71,19 @@ def find_start(config: TrainConfig) -> Start:
                 f"train.output_dir {run_dir} holds a run and checkpoint.resume is never; use another directory"
             )
         return Start(None, {})
-    if resume != "auto":
-        path = Path(resume)
-        return Start(path, checkpoint.read_state(path))
-    latest = checkpoint.find_latest(run_dir)
-    return Start(None, {}) if latest is None else Start(latest, checkpoint.read_state(latest))
+    named = "" if resume == "auto" else str(Path(resume).expanduser().resolve())
+    began_from = named if recorded is None else str(recorded.get("began_from", ""))
+    if named and named != began_from:
+        raise ResumeError(
+            f"train.output_dir {run_dir} holds a run that did not begin from {resume}; use another directory, or go on "
+            "with that run by leaving checkpoint.resume out"
+        )
+    latest, passed_over = checkpoint.find_whole(run_dir)
+    if latest is None and began_from:
+        latest = Path(began_from)
+    goes_on = f"the run goes on from {latest}" if latest else "the run begins anew"
+    warnings = tuple(f"{wrong}; {goes_on}" for wrong in passed_over)
+    return Start(latest, {} if latest is None else checkpoint.read_state(latest), warnings)
 
 
 def record(config: TrainConfig) -> None:
@@ -72,11 +92,17 @@ def record(config: TrainConfig) -> None:
     Raises:
         ResumeError: the directory can't be made or written to.
     """
-    run_dir = Path(config.train.output_dir)
+    run_dir, resume = Path(config.train.output_dir), config.checkpoint.resume
+    recorded = _recorded(run_dir)
+    if recorded is not None:
+        began_from = str(recorded.get("began_from", ""))
+    else:
+        began_from = "" if resume in ("auto", "never") else str(Path(resume).expanduser().resolve())
+    content = {"experiment": experiment(config), "began_from": began_from}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _replace(run_dir / CONFIG_FILE, dump_yaml(config))
-        _replace(run_dir / RUN_FILE, json.dumps({"experiment": experiment(config)}, indent=1) + "\n")
+        _replace(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise ResumeError(f"train.output_dir {run_dir} can't be written: {error}") from error
 
@@ -86,9 +112,11 @@ def _recorded(run_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text())["experiment"])
+        recorded: dict[str, Any] = json.loads(path.read_text())
+        dict(recorded["experiment"])
     except (ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path} can't be read: {error}; use another train.output_dir") from error
+    return recorded
 
 
 def _replace(path: Path, text: str) -> None:

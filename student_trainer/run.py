@@ -193,7 +193,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     try:
         scoring.check_tokenizer(student.tokenizer, teacher)
         warnings = scoring.check_teacher(teacher, needs, options, longest)
-        warnings += _warnings(config, prompts)
+        warnings += [*start.warnings, *_warnings(config, prompts)]
         began_with = str(start.state.get("teacher_fingerprint", ""))
         scoring.check_same_teacher(began_with, teacher, config.teacher.accept_new_teacher)
         optimizer = Optimizer(student.model.named_parameters(), config.optim, config.train.steps)

@@ -116,6 +116,36 @@ def test_a_longer_run_goes_on_from_the_shorter_one(train) -> None:
     assert [line["step"] for line in metrics(parts)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_begun_from_anothers_checkpoint_goes_on_from_its_own(train, capfd) -> None:
+    _, first = train("--steps=4", name="first")
+    begun = f"checkpoint.resume={first / 'checkpoints' / 'step-00000002'}"
+    assert train("--steps=4", begun, name="branch")[0] == 0
+    code, branch = train(begun, name="branch")
+    assert code == 0
+    assert [line["step"] for line in metrics(branch)] == [3, 4, 5, 6]
+    _, whole = train(name="whole")
+    assert_same_bits(whole / "final", branch / "final")
+    assert train(f"checkpoint.resume={first / 'checkpoints' / 'step-00000004'}", name="branch")[0] == 2
+    assert "did not begin from" in capfd.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(train, capfd) -> None:
+    _, run_dir = train("--steps=4")
+    (run_dir / "checkpoints" / "step-00000004" / "optimizer.safetensors").write_bytes(b"")
+    capfd.readouterr()
+    assert train()[0] == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "step-00000004/optimizer.safetensors has 0 bytes" in said
+    assert "goes on from" in said
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_past_its_steps_is_refused(train, capfd) -> None:
+    train("--steps=2")
+    assert train("--steps=1")[0] == 2
+    assert "is at step 2, train.steps is 1" in capfd.readouterr().err
+
+
 def mean_kl(student: Path, teacher: Path, prompts: list[str]) -> float:
     """KL(student‖teacher) per token in float64, by definition, on the student's own greedy text."""
     tokenizer = AutoTokenizer.from_pretrained(teacher)
@@ -285,9 +315,7 @@ def test_another_experiment_is_refused_in_the_same_directory(train, capfd) -> No
     assert "train.seed: 0 -> 7" in capfd.readouterr().err
 
 
-def test_an_objective_that_gives_what_it_must_not_is_one_line(
-    train, capfd, tmp_path, monkeypatch
-) -> None:
+def test_an_objective_that_gives_what_it_must_not_is_one_line(train, capfd, tmp_path, monkeypatch) -> None:
     (tmp_path / "losses_of_mine.py").write_text(
         "import torch\nfrom student_trainer.losses.base import PerToken\n"
         "def wrong(inputs, config):\n    return PerToken(torch.zeros(3))\n"
