@@ -92,6 +92,10 @@ class App:
 
     async def run(self) -> None:
         """Serves until `lifecycle.begin_drain` is called. Raises StartError."""
+        if self._config.announce_file:
+            path = Path(self._config.announce_file)
+            if path.is_dir() or not path.parent.is_dir():
+                raise StartError(f"announce_file {str(path)!r}: expected a file in a directory that exists")
         listener = _listen(self._config.host, self._config.http_port)
         self._http_url = _url("http", self._config.host, listener.getsockname()[1])
         http = _HttpServer(
@@ -138,7 +142,15 @@ class App:
             try:
                 facts = await self._load()
                 assert self._backend is not None, "loaded"
-                await core.serve(self._backend, facts)
+                serving = asyncio.create_task(core.serve(self._backend, facts))
+                try:
+                    await asyncio.wait({announcing, serving}, return_when=asyncio.FIRST_COMPLETED)
+                    if announcing.done():
+                        announcing.result()
+                    await serving
+                finally:
+                    serving.cancel()
+                    await asyncio.gather(serving, return_exceptions=True)
             finally:
                 announcing.cancel()
         except (ValueError, OSError) as error:
@@ -169,12 +181,12 @@ class App:
 
     def _print_ready(self, ready: dict[str, Any]) -> None:
         """The ready line, and the file for a parent that waits: it appears whole or not at all."""
-        print("ready {grpc_url} {http_url} model={model} fingerprint={fingerprint}".format_map(ready), flush=True)
         if self._config.announce_file:
             path = Path(self._config.announce_file)
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             partial.write_text(json.dumps(ready) + "\n")
             partial.replace(path)
+        print("ready {grpc_url} {http_url} model={model} fingerprint={fingerprint}".format_map(ready), flush=True)
 
     async def _drain(self, http: uvicorn.Server, serving_http: asyncio.Task[None]) -> bool:
         """The probes say no already. Serve on for a while, then stop both transports under one grace. True when
