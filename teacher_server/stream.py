@@ -154,7 +154,7 @@ class StreamSession:
         result: Scores | TeacherError
         try:
             result = await self._service.run_one(job, deadline)
-        except asyncio.CancelledError:
+        except BaseException:  # a cancelled stream, or a bug: the budget outlives both
             self._let_go(cost)
             raise
         self._answers.put_nowait((Answer(job.id, result, job), cost))
