@@ -101,10 +101,14 @@ class Renderer:
     def _answer(self, record: Mapping[str, Any], where: str) -> str | None:
         if self.answer_key is None:
             return None
-        value = _field(record, self.answer_key, where)
+        is_asked_for = self.config.answer_key is not None
+        value = _field(record, self.answer_key, where) if is_asked_for else record.get(self.answer_key)
         # Numbers are natural answers; their shortest spelling is what a grader compares.
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
+        # Only evaluation reads answers, and says which problems have none: training needs prompts alone.
+        if value is None or not (is_asked_for or isinstance(value, str)):
+            return None
         return _string(value, self.answer_key, where)
 
 

@@ -7,6 +7,8 @@ import csv
 import importlib
 import io
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -139,6 +141,8 @@ def from_hub(name: str, subset: str | None, split: str) -> Records:
 def from_class(path: str) -> Records:
     """A user's own source: `package.module:Class`, called without arguments, gives mappings when iterated over."""
     module_name, _, attribute = path.partition(":")
+    if os.getcwd() not in sys.path:  # a console script's path starts in its own folder, not where the user stands
+        sys.path.append(os.getcwd())
     try:
         factory: Callable[[], Iterable[Any]] = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:

@@ -152,6 +152,17 @@ def test_numbers_are_answers(tmp_path: Path) -> None:
     assert load(tmp_path, records, tokenizer()).all()[0].answer is None
 
 
+def test_prompts_need_no_answers(tmp_path: Path) -> None:
+    """Of a field that only happens to be called `answer`, texts and numbers are taken and nothing is demanded."""
+    answers: list[dict[str, Any]] = [{"answer": "x"}, {"answer": None}, {}, {"answer": ["x", "y"]}, {"answer": 2}]
+    records = [{"question": "a", **answer} for answer in answers]
+    assert [p.answer for p in load(tmp_path, records, tokenizer()).all()] == ["x", None, None, None, "2"]
+    assert [p.answer for p in load(tmp_path, records[:2], tokenizer(), answer_key="answer").all()] == ["x", None]
+    for unfit, message in ((records[:3], "no field 'answer'"), ([records[3]], "is list; expected text")):
+        with pytest.raises(DataError, match=message):
+            load(tmp_path, unfit, tokenizer(), answer_key="answer")
+
+
 def test_overlong_prompts_stop_or_are_dropped_and_counted_but_never_cut(tmp_path: Path) -> None:
     tok = tokenizer()
     records = [{"question": q} for q in ("a", "the fox jumps over the lazy dog", "b")]

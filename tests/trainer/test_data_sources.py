@@ -96,6 +96,13 @@ def test_a_class_of_ones_own_is_a_source() -> None:
     assert got == RECORDS
 
 
+def test_a_class_is_found_where_the_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompts_of_mine.py").write_text("def Cls():\n    return [{'question': 'the fox'}]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])  # as a console script has it
+    assert [dict(r) for _, r in sources.read(DataConfig(source="prompts_of_mine:Cls"))] == [{"question": "the fox"}]
+
+
 def test_a_dataset_on_the_hub_is_asked_for_by_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -154,7 +161,7 @@ def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatc
         ("b.jsonl", b'{"question": "  "}', "b.jsonl:1: field 'question' is empty"),
         ("b.jsonl", b'{"question": ["a"]}', "is list; expected text; a list of messages goes in data.prompt_key"),
         ("b.jsonl", b'{"question": "a"}\n{"text": "a"}', "b.jsonl:2: no field 'question'; it has text"),
-        ("b.jsonl", b'{"question": "a", "answer": [1]}', "b.jsonl:1: field 'answer' is list; expected text"),
+        ("b.jsonl", b'{"question": [1]}', "b.jsonl:1: field 'question' is list; expected text"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
