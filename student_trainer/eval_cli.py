@@ -1,6 +1,7 @@
 """`student-eval`: accuracy of a checkpoint on problems with known answers, with a confidence interval.
 
-Exit codes: 0 evaluated; 2 the command, a file or the model does not fit.
+Exit codes: 0 evaluated; 1 sampling failed or the result can't be written; 2 the command, a file or the model does not
+fit.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from student_trainer.config import StudentConfig
 from student_trainer.console import Console
 from student_trainer.data.config import DataConfig
 from student_trainer.evaluate import EvalResult, Judged, TaskName, evaluate
+from student_trainer.rollout.base import RolloutError
 from student_trainer.rollout.config import RolloutConfig
 from teacher_api import settings
 from teacher_api.settings import Section
 
 PROGRAM = "student-eval"
 DESCRIPTION = "Accuracy of a model on problems with known answers."
-UNUSABLE = 2
+FAILED, UNUSABLE = 1, 2
 SHORTCUTS = {
     "--data": "data.source",
     "--limit": "data.limit",
@@ -54,7 +56,7 @@ class EvaluationConfig(Section):
     rollout: GreedyByDefault = GreedyByDefault()
     task: TaskName = "final_answer"
     """exact_match: the whole completion; final_answer: what follows the last "Answer:", "####" or stands in \\boxed{};
-    numeric_answer: the last number."""
+    numeric_answer: the last number. A completion cut off at rollout.max_new_tokens is never correct."""
     output: str = ""
     """Write the result, with every completion, to this JSON file."""
     seed: int = Field(0, ge=0)
@@ -86,16 +88,26 @@ def run(arguments: Sequence[str]) -> int:
         )
         result = evaluate_model(config)
     except ValueError as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        return UNUSABLE
+        return _say(error, UNUSABLE)
+    except RolloutError as error:
+        return _say(error, FAILED)
     print(
         f"{config.model}: {config.task} {result.accuracy:.1%} "
         f"(95 % interval {result.low:.1%} to {result.high:.1%}, n = {result.num})"
     )
     if config.output:
         content = {"model": config.model, "task": config.task, **dataclasses.asdict(result)}
-        Path(config.output).write_text(json.dumps(content, indent=1) + "\n")
+        try:
+            Path(config.output).write_text(json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            return _say(f"can't write the result: {error}", FAILED)
     return 0
+
+
+def _say(message: object, code: int) -> int:
+    """One line on standard error."""
+    print(f"{PROGRAM}: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
 
 
 def evaluate_model(config: EvaluationConfig) -> EvalResult:
@@ -104,6 +116,8 @@ def evaluate_model(config: EvaluationConfig) -> EvalResult:
     from student_trainer.data.prompts import load_prompts
     from student_trainer.rollout.torch_sampler import TorchSampler
 
+    if config.output and not Path(config.output).absolute().parent.is_dir():
+        raise ValueError(f"output is {config.output!r}, but its directory is not there; make it first")
     device = distributed.join(config.device, timeout_s=60.0).device
     settings_of_model = StudentConfig(model=config.model, revision=config.revision, dtype=config.dtype)
     model = student.load(settings_of_model, device)

@@ -17,6 +17,7 @@ from student_trainer.data.prompts import load_prompts
 from student_trainer.report import collect, compare, curves, html
 from student_trainer.report.model import Report
 from student_trainer.resume import CONFIG_FILE, FINAL
+from student_trainer.rollout.base import RolloutError
 from student_trainer.tracking import METRICS_FILE, read_metrics
 from teacher_api import settings
 from teacher_api.client import TeacherClient
@@ -50,10 +51,10 @@ class ReportConfig(Section):
 def main(arguments: Sequence[str]) -> int:
     try:
         config, _ = settings.load(
-            ReportConfig, arguments, prog=PROGRAM, description=DESCRIPTION, env_prefix="STUDENT_REPORT_"
+            ReportConfig, arguments, prog=PROGRAM, description=DESCRIPTION, env_prefix="PRECEPTOR_REPORT_"
         )
         print(_write(config))
-    except (ValueError, OSError, TeacherError) as error:
+    except (ValueError, OSError, RolloutError, TeacherError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return UNUSABLE
     return 0

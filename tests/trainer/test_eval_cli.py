@@ -54,6 +54,7 @@ def test_accuracy_is_the_share_of_greedy_completions_that_match(
         (["--model", "m"], "data.source is not set"),
         (["--model", "missing", "--data", "x.jsonl"], "missing"),
         (["--modle", "m"], "model"),
+        (["--model", "m", "--data", "x.jsonl", "--json", "nowhere/out.json"], "directory is not there"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_exit_2(

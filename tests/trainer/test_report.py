@@ -389,6 +389,7 @@ def test_compare_shows_what_each_checkpoint_writes_greedily(finished_run: Path, 
 
 def test_the_command_writes_the_report_of_a_run(finished_run: Path, teacher, monkeypatch, capsys):
     monkeypatch.setattr(command, "TeacherClient", lambda *_, **__: LocalTeacher(teacher, full_vocabulary=True))
+    monkeypatch.setenv("PRECEPTOR_REPORT_API_KEY", "k")  # not STUDENT_…, where student-train would refuse it
     assert command.main(["--run", str(finished_run), "--teacher-url", "grpc://127.0.0.1:1"]) == 0
     path = finished_run / "report.html"
     assert capsys.readouterr().out.strip() == str(path)
