@@ -39,6 +39,8 @@ def local_teacher(config: TeacherConfig) -> Iterator[str]:
     environment = dict(os.environ)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)  # the child is none of our ranks
+    for name in ("TEACHER_API_KEY", "TEACHER_API_KEYS"):
+        environment.pop(name, None)  # of other teachers; the child's is ours
     if config.visible_devices:
         environment["CUDA_VISIBLE_DEVICES"] = config.visible_devices
     with tempfile.TemporaryDirectory(prefix="teacher-") as folder:

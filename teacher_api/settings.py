@@ -106,7 +106,7 @@ def load(
             as `[a, b]`; `--config FILE`, repeatable.
         env_prefix: `TEACHER_`: TEACHER_MAX_TOP_K is max_top_k, STUDENT_OPTIM__LEARNING_RATE is optim.learning_rate.
             <prefix>CONFIG names files as --config does, separated by the path separator.
-        shortcuts: further flags, `{"teacher-url": "teacher.url"}`.
+        shortcuts: further flags and variables, `{"teacher-url": "teacher.url"}`.
         flat: the sections are few and their keys have names of their own: `--port` also means `http.port` where only
             one section has it.
         switches: flags that are no configuration, with their help: `{"dry-run": "…"}`.
@@ -131,7 +131,7 @@ def load(
         for key, value in _read_yaml(path).items():
             with text.blamed_on(str(path)):
                 merged.put((str(key),), value, str(path))
-    _read_environment(merged, environ, env_prefix)
+    _read_environment(merged, environ, env_prefix, shortcuts or {})
     for keys, value, origin in line.values:
         merged.put(keys, value, origin)
     try:
@@ -161,13 +161,14 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return loaded
 
 
-def _read_environment(merged: _Merged, environ: Mapping[str, str], prefix: str) -> None:
+def _read_environment(merged: _Merged, environ: Mapping[str, str], prefix: str, shortcuts: Mapping[str, str]) -> None:
+    named = {prefix + flag.replace("-", "_").upper(): tuple(key.split(".")) for flag, key in shortcuts.items()}
     for name in sorted(environ):
         if not name.startswith(prefix) or name == f"{prefix}CONFIG" or not environ[name]:
             continue
         if _ORCHESTRATOR.search(name) or environ[name].startswith(("tcp://", "udp://")):
             continue
-        path = tuple(name[len(prefix) :].lower().split("__"))
+        path = named.get(name) or tuple(name[len(prefix) :].lower().split("__"))
         with text.blamed_on(f"environment {name}"):
             known = text.field_at(merged.cls, path)
             merged.put(path, text.parse(environ[name], known), f"environment {name}")

@@ -42,6 +42,8 @@ def test_keys_and_engine_arguments():
     config = load("--model", "m", "--api-key", "first-key", "--api-key", "other-key")
     assert [key.get_secret_value() for key in config.api_keys] == ["first-key", "other-key"]
     assert "first-key" not in repr(config)
+    one = load("--model", "m", environ={"TEACHER_API_KEY": "first-key"})  # as teacher-check reads it
+    assert [key.get_secret_value() for key in one.api_keys] == ["first-key"]
     engine = load("--model", "m", "--backend", "vllm", "--vllm.max_num_seqs", "4", "--vllm.enforce_eager", "true").vllm
     assert engine == {"max_num_seqs": 4, "enforce_eager": True}
 
