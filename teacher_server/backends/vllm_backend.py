@@ -62,6 +62,7 @@ OWN_ARGUMENTS = {
     "max_model_len": "max_sequence_tokens",
     "max_logprobs": "max_top_k",
 }
+SECRET_ARGUMENTS = ("hf_token",)
 FIXED_ARGUMENTS: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "enable_prefix_caching": False,  # vLLM does not use it for prompt logprobs
@@ -208,6 +209,10 @@ class VllmBackend(ScoringBackend):
         for name in self._user_arguments:
             if name in OWN_ARGUMENTS:
                 raise ValueError(f"engine argument {name!r} is set by the option {OWN_ARGUMENTS[name]!r}; use that")
+            if name in SECRET_ARGUMENTS:
+                raise ValueError(
+                    f"engine argument {name!r} is a secret, and clients see engine arguments; set HF_TOKEN"
+                )
             if name in FIXED_ARGUMENTS:
                 raise ValueError(f"engine argument {name!r} is always {FIXED_ARGUMENTS[name]!r} for a teacher")
             if name not in known:
