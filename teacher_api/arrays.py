@@ -69,12 +69,12 @@ def fits_bfloat16(values: FloatArray) -> bool:
 
 
 def _checked_shape(message: pb.Array, dtypes: Collection[int], ndim: int) -> tuple[int, ...]:
-    shape = tuple(message.shape)
     if message.dtype not in dtypes:
         got = pb.DType.Name(message.dtype) if message.dtype in pb.DType.values() else str(message.dtype)
         raise ValueError(f"dtype is {got}; expected {' or '.join(pb.DType.Name(d) for d in dtypes)}")
-    if len(shape) != ndim:
-        raise ValueError(f"shape is {list(shape)[:8]}; expected {ndim} dimension{'s'[: ndim != 1]}")
+    if len(message.shape) != ndim:
+        raise ValueError(f"shape is {list(message.shape[:8])}; expected {ndim} dimension{'s'[: ndim != 1]}")
+    shape = tuple(message.shape)
     expected = math.prod(shape) * _ITEM_BYTES[message.dtype]
     if len(message.data) != expected:
         raise ValueError(f"{len(message.data)} bytes of data; expected {expected} for the shape {list(shape)}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from teacher_api import arrays
-from teacher_api.errors import InvalidRequest, TeacherError, Unsupported
+from teacher_api.errors import InvalidRequest, TeacherError, TooLarge, Unsupported
 from teacher_api.frames import (
     Assembler,
     Question,
@@ -61,6 +61,10 @@ __all__ = [
 
 MAX_METADATA_CHARS = 128
 MAX_ID_CHARS = 256
+MAX_PARTS = 1 << 16
+"""Prompts, and completions, of one request."""
+MAX_RANGES = 1 << 18
+"""Of all completions of one request: as messages they take a hundred times their bytes once they are read."""
 _VALUE_TYPES = {pb.DTYPE_UNSPECIFIED: "float32", pb.DTYPE_FLOAT32: "float32", pb.DTYPE_FLOAT16: "float16"}
 
 
@@ -208,10 +212,12 @@ def decode_request(message: pb.ScoreRequest) -> DecodedRequest:
 
     Raises:
         InvalidRequest: what is shared by all completions is wrong; names the field.
+        TooLarge: it has more parts than any server takes.
         Unsupported: a value type that has no meaning here.
     """
     if not message.completions:
         raise InvalidRequest("empty; expected at least one completion", field="completions")
+    _check_counts(message)
     prompts = []
     for i, prompt in enumerate(message.prompts):
         try:
@@ -236,6 +242,15 @@ def decode_request(message: pb.ScoreRequest) -> DecodedRequest:
         timeout_s=_decode_timeout(message),
     )
     return DecodedRequest(request, entries, ids, good)
+
+
+def _check_counts(message: pb.ScoreRequest) -> None:
+    for name in ("prompts", "completions"):
+        if len(getattr(message, name)) > MAX_PARTS:
+            raise TooLarge(f"{len(getattr(message, name))}; expected at most {MAX_PARTS}", field=name)
+    num_ranges = sum(len(completion.ranges) for completion in message.completions)
+    if num_ranges > MAX_RANGES:
+        raise TooLarge(f"{num_ranges} ranges; expected at most {MAX_RANGES} in one request", field="completions")
 
 
 def _check_ids(ids: Sequence[str]) -> None:

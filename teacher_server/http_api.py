@@ -64,7 +64,10 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
     async def score(request: Request) -> Response:
         body = await _body(request, service)
         kind = _content_type(request)
-        decoded = _decoded(body) if kind == PROTOBUF else decoded_of(json_models.request_from_json(body))
+        if kind == PROTOBUF:
+            decoded = _decoded(body)
+        else:  # slow to read, so not on the event loop
+            decoded = decoded_of(await asyncio.to_thread(json_models.request_from_json, body))
         return await _unless_gone(request, _scored(service, decoded, _id(request), kind))
 
     @app.post("/v1/score/stream", summary="The same as length-delimited protobuf frames, for large answers")

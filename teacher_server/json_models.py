@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from teacher_api.errors import InvalidRequest, TeacherError, Unsupported
+from teacher_api.errors import InvalidRequest, TeacherError, TooLarge, Unsupported
 from teacher_api.types import CallMetadata, Candidates, Completion, IntArray, ScoreOptions, ScoreRequest, Scores
 from teacher_server.service import Answer
 
 MAX_JSON_TOP_K = 64  # above it, lists of numbers cost more than the scoring
+MAX_JSON_BODY_BYTES = 4 << 20  # read, it takes up to a hundred times as much
 MAX_JSON_ANSWER_BYTES = 4 << 20  # in binary; as JSON about five times that
 TokenId = int
 _TOKENS = Field(max_length=1 << 22)
@@ -98,6 +99,10 @@ class JsonScoreResponse(BaseModel):
 
 def request_from_json(body: bytes) -> ScoreRequest:
     """Raises InvalidRequest that names the first wrong field; never repeats what was sent."""
+    if len(body) > MAX_JSON_BODY_BYTES:
+        raise TooLarge(
+            f"{len(body)} bytes of JSON; expected at most {MAX_JSON_BODY_BYTES}: send application/x-protobuf for more"
+        )
     try:
         asked = JsonScoreRequest.model_validate_json(body)
     except ValidationError as error:
@@ -122,8 +127,11 @@ def _completion(asked: JsonCompletion, index: int) -> Completion:
     path = f"completions[{index}]"
     candidates = None
     if asked.candidates is not None:
-        rows = [_ids(row, f"{path}.candidates[{n}]") for n, row in enumerate(asked.candidates)]
-        candidates = Candidates.from_rows(rows)
+        flat = [np.zeros(0, np.int32)]
+        flat += [_ids(row, f"{path}.candidates[{n}]") for n, row in enumerate(asked.candidates) if row]
+        offsets = np.zeros(len(asked.candidates) + 1, np.int32)
+        np.cumsum([len(row) for row in asked.candidates], out=offsets[1:])
+        candidates = Candidates(np.concatenate(flat), offsets)
     for n, (start, stop) in enumerate(asked.ranges):
         if not (0 <= start <= 2**31 - 1 and 0 <= stop <= 2**31 - 1):
             raise InvalidRequest("expected positions from 0 to 2147483647", field=f"{path}.ranges[{n}]")

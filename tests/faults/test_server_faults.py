@@ -23,6 +23,7 @@ from teacher_api import wire
 from teacher_api.errors import BackendFailed, InvalidBackendOutput, InvalidRequest, TeacherError
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest, Scores
 from teacher_api.v1 import teacher_pb2 as pb
+from teacher_server import json_models
 from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.fake import FakeBackend
 
@@ -213,6 +214,21 @@ def test_a_large_answer_is_not_given_as_json():
     with serving(max_sequence_tokens=4096, max_top_k=64) as server:
         asked = {"completions": [{"token_ids": [1] * 4000} for _ in range(4)], "options": {"top_k": 64}}
         answer = server.http.post(f"{server.http_url}/v1/score", json=asked)
+        assert (answer.status_code, answer.json()["kind"]) == (413, "too_large")
+
+
+def test_requests_that_grow_when_they_are_read_are_refused_before():
+    """Two bytes a range, three bytes a list: each becomes hundreds in memory."""
+    message = wire.encode_request(request_of([1, 2, 3]))
+    message.completions[0].ranges.extend([pb.Range()] * (wire.MAX_RANGES + 1))
+    with serving() as server:
+        answer = post(server, message)
+        assert (answer.status_code, answer.json()["kind"], answer.json()["field"]) == (413, "too_large", "completions")
+        candidates = "[]," * (json_models.MAX_JSON_BODY_BYTES // 3) + "[]"
+        body = '{"completions": [{"token_ids": [1, 2, 3], "candidates": [' + candidates + "]}]}"
+        answer = server.http.post(
+            f"{server.http_url}/v1/score", content=body, headers={"content-type": "application/json"}
+        )
         assert (answer.status_code, answer.json()["kind"]) == (413, "too_large")
 
 
