@@ -18,7 +18,7 @@ class RolloutConfig(Section):
 
     temperature: float = Field(default=1.0, gt=0.0, le=100.0)
     """Divides the student's logits before sampling. 1 samples from the policy that is trained; anything else makes the
-    on-policy estimate biased unless corrected (loss.behaviour)."""
+    on-policy estimate biased."""
 
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample from the smallest set of tokens that holds this much probability; 1: from all. Biases the estimate."""
