@@ -4,17 +4,21 @@ checkpoint, or nothing at all. Owns run.json; checkpoints themselves are checkpo
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from student_trainer import checkpoint
 from student_trainer.config import TrainConfig, differences, experiment
 from teacher_api.settings import dump_yaml
 
-RUN_FILE, CONFIG_FILE, FINAL = "run.json", "config.yaml", "final"
+RUN_FILE, CONFIG_FILE, FINAL, LOCK_FILE = "run.json", "config.yaml", "final", ".lock"
+CLAIM_WAIT_S, CLAIM_POLL_S = 20.0, 0.1
+"""How long a run that was told to end, or whose parent was killed, may take to leave its directory."""
 SHOWN_DIFFERENCES = 5
 
 
@@ -84,6 +88,36 @@ def _start(config: TrainConfig) -> Start:
     goes_on = f"the run goes on from {latest}" if latest else "the run begins anew"
     warnings = tuple(f"{wrong}; {goes_on}" for wrong in passed_over)
     return Start(latest, {} if latest is None else checkpoint.read_state(latest), warnings)
+
+
+def claim(run_dir: Path, wait_s: float = CLAIM_WAIT_S) -> IO[str]:
+    """Takes the output directory for this process, until the file that is returned is closed or the process ends,
+    however it ends: two runs in one directory would remove each other's checkpoints while they are written.
+
+    Raises:
+        ResumeError: another process has it still after `wait_s`, or the directory can't be made.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK_FILE).open("a")
+    except OSError as error:
+        raise ResumeError(f"train.output_dir {run_dir} can't be written: {error}") from error
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                raise ResumeError(
+                    f"train.output_dir {run_dir} is in use by another student-train; stop that one first, or use "
+                    "another directory"
+                ) from None
+            time.sleep(CLAIM_POLL_S)
+        except OSError:  # a file system without locks: as safe as its users
+            return file
+        else:
+            return file
 
 
 def record(config: TrainConfig) -> None:

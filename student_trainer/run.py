@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from student_trainer import checkpoint, guards, metrics, resume, scoring
 from student_trainer import student as students
@@ -54,6 +54,7 @@ class Run:
     warnings: list[str]
     longest_tokens: int
     tracker: Tracker | None = None  # from `begin` on
+    claim: IO[str] | None = None  # of the output directory; on the main rank, from `begin` on
     step: int = 0  # optimizer steps done
     tokens: int = 0  # completion tokens trained on so far
     evaluated_at: int = -1
@@ -72,6 +73,7 @@ class Run:
         """Opens the output directory: from here on, files are written."""
         resolved = self.config.model_dump(mode="json")
         if self.dist.is_main:
+            self.claim = resume.claim(self.run_dir)
             resume.record(self.config)
         self.tracker = Tracker(self.run_dir, self.config.tracking, resolved, is_main=self.dist.is_main)
         self.tracker.resume_at(self.step if self.start.checkpoint else -1)
@@ -155,6 +157,8 @@ class Run:
         if self.tracker is not None:
             self.tracker.close()
         self.scorer.close()
+        if self.claim is not None:
+            self.claim.close()
 
     def _log(self, figures: Metrics) -> None:
         assert self.tracker is not None, "begin() opens the tracker"

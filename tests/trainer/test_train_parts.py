@@ -19,7 +19,7 @@ from student_trainer import guards
 from student_trainer.config import StudentConfig, TrainConfig, differences, experiment
 from student_trainer.distributed import BUCKET_BYTES, Distributed, _buckets, join, weights_digest
 from student_trainer.microbatch import pack
-from student_trainer.resume import ResumeError, find_start, record
+from student_trainer.resume import ResumeError, claim, find_start, record
 from student_trainer.student import StudentError, load
 from student_trainer.types import Prompt, Rollout
 
@@ -297,6 +297,15 @@ def test_resume_never_refuses_a_directory_in_use(tmp_path) -> None:
     record(never)
     with pytest.raises(ResumeError, match="resume is never"):
         find_start(never)
+
+
+def test_one_process_at_a_time_has_a_directory(tmp_path) -> None:
+    with claim(tmp_path / "run"), pytest.raises(ResumeError, match="in use by another student-train"):
+        claim(tmp_path / "run", wait_s=0.0)
+    claim(tmp_path / "run", wait_s=0.0).close()
+    (tmp_path / "file").touch()
+    with pytest.raises(ResumeError, match="can't be written"):
+        claim(tmp_path / "file" / "run")
 
 
 def test_the_key_of_the_teacher_is_not_written_down(tmp_path) -> None:
