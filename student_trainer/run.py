@@ -16,7 +16,7 @@ from student_trainer.config import TrainConfig
 from student_trainer.console import Console
 from student_trainer.data.prompts import PromptSource, load_prompts
 from student_trainer.distributed import Distributed, weights_digest
-from student_trainer.evaluate import evaluate
+from student_trainer.evaluate import EvalResult, evaluate
 from student_trainer.losses import build
 from student_trainer.losses.base import AnyObjective, Needs
 from student_trainer.optim import Optimizer
@@ -96,9 +96,15 @@ class Run:
         due = bool(every) and (step % every == 0 or step == self.config.train.steps)
         if not due or self.evaluated_at == step:
             return
+        result = None
         with self.whole_or_not_at_all():
             if self.dist.is_main:
-                self._evaluate()
+                result = self._evaluate()
+        if result is not None:  # outside: a stop between line and note would have it written twice
+            self._log({"eval_accuracy": result.accuracy, "eval_low": result.low, "eval_high": result.high})
+            self.console.say(
+                f"step {step}: accuracy {result.accuracy:.1%} ({result.low:.1%}…{result.high:.1%}, n = {result.num})"
+            )
         self.evaluated_at = step
 
     def checkpoint_if_due(self) -> None:
@@ -164,13 +170,9 @@ class Run:
         assert self.tracker is not None, "begin() opens the tracker"
         self.tracker.log(self.step, figures)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> EvalResult:
         with self.student.arithmetic():
-            result = evaluate(self.eval_sampler, self.eval_prompts, self.config.eval.task, decode=self._decode)
-        self._log({"eval_accuracy": result.accuracy, "eval_low": result.low, "eval_high": result.high})
-        self.console.say(
-            f"step {self.step}: accuracy {result.accuracy:.1%} ({result.low:.1%}…{result.high:.1%}, n = {result.num})"
-        )
+            return evaluate(self.eval_sampler, self.eval_prompts, self.config.eval.task, decode=self._decode)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self.student.tokenizer.decode(list(token_ids), skip_special_tokens=True))

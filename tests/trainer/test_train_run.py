@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from training import PROMPTS, TeacherProcess, arguments, assert_same_bits, metri
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import cli
+from student_trainer.tracking import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +190,22 @@ def test_evaluation_comes_before_during_and_after(train, place) -> None:
     assert code == 0
     evaluated = [(line["step"], line["eval_accuracy"]) for line in metrics(run_dir) if "eval_accuracy" in line]
     assert evaluated == [(0, 0.0), (4, 0.0), (6, 0.0)]
+
+
+def test_a_stop_while_an_evaluation_is_noted_does_not_note_it_twice(train, place, monkeypatch) -> None:
+    def log_and_stop(self: Tracker, step: int, values: dict[str, float]) -> None:
+        log(self, step, values)
+        if step == 4 and "eval_accuracy" in values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    log = Tracker.log
+    settings = ["eval.every=4", f"eval.data.source={place / 'problems.jsonl'}", "eval.num_prompts=3"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Tracker, "log", log_and_stop)
+        assert train(*settings)[0] == 143
+    code, run_dir = train(*settings)
+    assert code == 0
+    assert [line["step"] for line in metrics(run_dir) if "eval_accuracy" in line] == [0, 4, 6]
 
 
 def test_evaluation_does_not_touch_the_run(train, place) -> None:
