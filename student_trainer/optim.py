@@ -50,6 +50,8 @@ class OptimConfig(Section):
             raise ValueError("schedule wsd needs decay_steps > 0")
         if self.schedule != "wsd" and self.decay_steps:
             raise ValueError(f"decay_steps belongs to schedule wsd, got schedule {self.schedule}")
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError("min_lr_ratio belongs to schedules linear, cosine and wsd, got schedule constant")
         return self
 
 

@@ -49,6 +49,7 @@ def test_linear_hits_the_middle_halfway() -> None:
     [
         ({"schedule": "wsd"}, "decay_steps"),
         ({"decay_steps": 3}, "wsd"),
+        ({"min_lr_ratio": 0.1}, "min_lr_ratio"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"lr": 1}, "lr"),
     ],
