@@ -28,7 +28,7 @@ from teacher_server.auth import KeyRing
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
 from teacher_server.service import TeacherService
-from teacher_server.stream import StreamSession
+from teacher_server.stream import StreamSession, taken_within
 
 log = structlog.get_logger("teacher_server.grpc")
 SERVICE: str = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
@@ -126,7 +126,8 @@ async def _score_stream(service: TeacherService, requests: AsyncIterator[bytes],
     async with session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
             for frame in frames_of(answer, fingerprint, request_id, max_rows_bytes=FRAME_BYTES):
-                await context.write(frame.SerializeToString())
+                async with taken_within(service.config.answer_idle_s):
+                    await context.write(frame.SerializeToString())
 
 
 def _decoded(data: bytes, service: TeacherService) -> wire.DecodedRequest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -40,7 +40,7 @@ from teacher_server.auth import KeyRing
 from teacher_server.openapi import describe
 from teacher_server.problem import REQUEST_ID_HEADER, problem, request_id_of
 from teacher_server.service import TeacherService
-from teacher_server.stream import StreamSession
+from teacher_server.stream import StreamSession, taken_within
 from teacher_server.validation import decoded_of, jobs_of
 
 log = structlog.get_logger("teacher_server.http")
@@ -78,7 +78,9 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         decoded = _decoded(body)
         service.refuse_stream_if_full()
         jobs_of(decoded, service.open_info())  # what is wrong with the whole request is a status, not a frame
-        return StreamingResponse(_frames(service, decoded, _id(request)), media_type="application/octet-stream")
+        return _Frames(
+            _frames(service, decoded, _id(request)), service.config.answer_idle_s, media_type="application/octet-stream"
+        )
 
     @app.get("/v1/info", summary="Model, tokenizer, limits and features")
     async def info(request: Request) -> Response:
@@ -101,7 +103,9 @@ async def _scored(service: TeacherService, decoded: wire.DecodedRequest, request
         return Response(content, media_type=PROTOBUF)
 
 
-async def _frames(service: TeacherService, decoded: wire.DecodedRequest, request_id: str) -> AsyncIterator[bytes]:
+async def _frames(
+    service: TeacherService, decoded: wire.DecodedRequest, request_id: str
+) -> AsyncGenerator[bytes, None]:
     async def once() -> AsyncIterator[wire.DecodedRequest]:
         yield decoded
 
@@ -111,6 +115,27 @@ async def _frames(service: TeacherService, decoded: wire.DecodedRequest, request
             for frame in frames_of(answer, fingerprint, request_id, max_rows_bytes=FRAME_BYTES):
                 data = frame.SerializeToString()
                 yield struct.pack("<I", len(data)) + data
+
+
+class _Frames(StreamingResponse):
+    """A stream that is given up when the caller takes nothing of it for `idle_s`."""
+
+    def __init__(self, content: AsyncGenerator[bytes, None], idle_s: float, **options: Any) -> None:
+        super().__init__(content, **options)
+        self._content = content
+        self._idle_s = idle_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def in_time(message: Message) -> None:
+            async with taken_within(self._idle_s):
+                await send(message)
+
+        try:
+            await super().__call__(scope, receive, in_time)
+        except Cancelled as error:  # an answer without its end: the connection is cut, which says that there is more
+            log.info("refused", kind=error.kind, field=error.field)
+        finally:
+            await self._content.aclose()  # at once: it holds the stream's budget
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

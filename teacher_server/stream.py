@@ -4,10 +4,11 @@ as they finish, and holds a bounded number of them whatever the client sends or 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from teacher_api.errors import DeadlineExceeded, InvalidRequest, TeacherError, TooLarge
+from teacher_api.errors import Cancelled, DeadlineExceeded, InvalidRequest, TeacherError, TooLarge
 from teacher_api.types import Scores
 from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Cost
@@ -23,6 +24,16 @@ class _End:
     """The last thing in the queue of answers: no more requests, or the error that ends the stream."""
 
     error: Exception | None
+
+
+@contextlib.asynccontextmanager
+async def taken_within(idle_s: float) -> AsyncIterator[None]:
+    """Around the writing of one frame. Raises Cancelled when the caller does not take it in time."""
+    try:
+        async with asyncio.timeout(idle_s):
+            yield
+    except TimeoutError:
+        raise Cancelled(f"the caller took nothing of its answer for {idle_s:g} s") from None
 
 
 class StreamSession:

@@ -538,6 +538,33 @@ def test_a_stream_whose_client_is_silent_ends_when_the_server_closes():
         release.set()
 
 
+@pytest.mark.parametrize("way", ["grpc", "http"])
+def test_a_stream_that_nobody_reads_gives_its_place_back(way: str):
+    """128 MiB of answers, of which the caller takes what the transport does by itself."""
+    sequences = [np.ones(1024, np.int32)] * 8
+    message = wire.encode_request(request_of(*sequences, top_k="all")).SerializeToString()
+    settings = {"fake_vocabulary": 4096, "queue_bytes": 256 << 20, "high_water": 0.01, "answer_idle_s": 0.5}
+    with serving(**settings, grace_s=1.0) as server:
+        if way == "grpc":
+            opened = grpc.insecure_channel(server.grpc_target)
+            frames = opened.stream_stream("/teacher.v1.TeacherService/ScoreStream")(iter([message]), timeout=60)
+        else:
+            host, port = server.http_url.removeprefix("http://").split(":")
+            opened = socket.create_connection((host, int(port)), timeout=60)
+            head = f"POST /v1/score/stream HTTP/1.1\r\nhost: x\r\ncontent-length: {len(message)}\r\n"
+            opened.sendall(f"{head}content-type: {PROTOBUF['content-type']}\r\n\r\n".encode() + message)
+        until(lambda: not ready(server), 20, "the answers never took their place")
+        until(lambda: ready(server), 20, "the place was never given back")
+        if way == "grpc":
+            with pytest.raises(grpc.RpcError) as raised:
+                list(frames)
+            assert raised.value.code() == grpc.StatusCode.CANCELLED
+        else:
+            size = sum(len(chunk) for chunk in iter(lambda: opened.recv(1 << 20), b""))
+            assert size < 128 << 20, "it ends early"
+        opened.close()
+
+
 def test_calls_cut_off_by_the_end_of_the_grace_may_be_asked_again():
     backend = Gated()
     with serving(lambda config: backend, grace_s=0.2) as server, ThreadPoolExecutor(1) as pool:
