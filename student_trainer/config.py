@@ -4,8 +4,6 @@ checks that concern several of them. The defaults written here and there are the
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -174,11 +172,6 @@ def experiment(config: TrainConfig) -> dict[str, Any]:
             if "*" not in free and key not in free:
                 flat[f"{section}.{key}"] = value
     return flat
-
-
-def digest(values: dict[str, Any]) -> str:
-    """Short digest of JSON values, equal on every rank that has the same configuration."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -91,10 +91,10 @@ class Distributed:
                 parameter.grad = piece.view_as(parameter).clone()
 
     def require_equal(self, what: str, value: str) -> None:
-        """Raises RuntimeError unless `value` is the same on all ranks."""
+        """Raises ValueError unless `value` is the same on all ranks."""
         values = self.gather(value)
         if len(set(values)) > 1:
-            raise RuntimeError(f"{what} differs between ranks: {dict(enumerate(values))}; expected the same on all")
+            raise ValueError(f"{what} differs between ranks: {dict(enumerate(values))}; expected the same on all")
 
     def barrier(self) -> None:
         if self.world > 1:

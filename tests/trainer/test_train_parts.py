@@ -187,6 +187,13 @@ def test_one_process_is_a_group_of_itself(monkeypatch) -> None:
     alone.barrier()
 
 
+def test_ranks_that_differ_are_a_refusal(monkeypatch) -> None:
+    """Such as two teachers behind one address."""
+    monkeypatch.setattr(Distributed, "gather", lambda _self, value: [value, "another"])
+    with pytest.raises(ValueError, match="the teacher's fingerprint differs between ranks"):
+        Distributed(0, 2, 0, CPU).require_equal("the teacher's fingerprint", "one")
+
+
 def test_rows_are_shared_out_without_rest() -> None:
     ranks = [Distributed(r, 3, r, CPU) for r in range(3)]
     assert [[row for row in range(7) if d.owns(row)] for d in ranks] == [[0, 3, 6], [1, 4], [2, 5]]
