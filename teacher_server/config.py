@@ -108,7 +108,7 @@ class ServerConfig(Section):
     stall_s: float = Field(default=300.0, gt=0, le=86400)
     """/livez fails when work waits and no forward has finished for this long."""
     high_water: float = Field(default=0.9, gt=0, le=1)
-    """/readyz says no while more than this share of `queue_tokens` is taken."""
+    """/readyz says no while more than this share of `queue_tokens` or `queue_bytes` is taken."""
     log_format: Literal["auto", "console", "json"] = "auto"
     """Form of the log on stderr; auto: console on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
