@@ -66,6 +66,14 @@ def engine(checkpoint: Path, **settings: object) -> ScoringBackend:
     return VllmBackend(str(checkpoint), engine_args=arguments, **settings)  # type: ignore[arg-type]
 
 
+def test_a_hub_token_is_no_engine_argument() -> None:
+    from teacher_server.backends.vllm_backend import VllmBackend
+
+    with pytest.raises(ValueError, match="HF_TOKEN") as refused:
+        VllmBackend("m", engine_args={"hf_token": "hf_secret"})._check_arguments({"hf_token"})
+    assert "hf_secret" not in str(refused.value)
+
+
 @pytest.fixture(scope="module")
 def full_rows(checkpoint: Path) -> Iterator[ScoringBackend]:
     backend = engine(checkpoint)
