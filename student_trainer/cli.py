@@ -80,15 +80,14 @@ def _start(command: Command) -> int:
     """One process, or a launcher of several; a local teacher around either."""
     from student_trainer import distributed, launch
 
-    if distributed.under_launcher():
-        return _rank(command)
     try:
+        if distributed.under_launcher():
+            _refuse_another_number(command.config)
+            return _rank(command, os.environ.get(launch.LOCAL_TEACHER, ""))
         num_processes = _num_processes(command.config)
         with _teacher_url(command.config) as url:
             if num_processes > 1:
-                # Later arguments win: the ranks use the teacher that runs already.
-                served = [f"--teacher.url={url}", "--teacher.model="] if command.config.teacher.model else []
-                return launch.run_ranks(num_processes, [*command.arguments, *served])
+                return launch.run_ranks(num_processes, command.arguments, url)
             return _rank(command, url)
     except ValueError as error:
         return _say(error, UNUSABLE)
@@ -178,6 +177,16 @@ def _num_processes(config: TrainConfig) -> int:
     if config.student.device not in ("auto", "cuda"):
         return 1
     return max(1, torch.cuda.device_count())
+
+
+def _refuse_another_number(config: TrainConfig) -> None:
+    """A launcher has decided how many processes there are."""
+    started = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    if config.train.num_processes and str(config.train.num_processes) != started:
+        raise ValueError(
+            f"train.num_processes: got {config.train.num_processes}, but the launcher started {started} on this "
+            f"machine; expected {started}, or 0"
+        )
 
 
 def _say(message: object, code: int) -> int:

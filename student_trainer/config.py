@@ -85,6 +85,16 @@ class TeacherConfig(Section):
             raise ValueError(f"got {value}, expected 0 or more, or all")
         return value
 
+    @model_validator(mode="after")
+    def _nothing_for_a_child_that_is_not_started(self) -> TeacherConfig:
+        for name in ("serve_args", "visible_devices"):
+            if self.url and not self.model and getattr(self, name):
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} with teacher.url, expected none: it is for a teacher "
+                    "that the run starts itself (teacher.model)"
+                )
+        return self
+
 
 class TrainSection(Section):
     """The loop itself."""
@@ -104,7 +114,8 @@ class TrainSection(Section):
     output_dir: str = "runs/train"
     """Holds checkpoints, metrics.jsonl, config.yaml and, at the end, the student in final/."""
     num_processes: int = Field(0, ge=0, le=1024)
-    """Training processes on this machine; 0: one per visible GPU, or one. Unused under torchrun, accelerate launch."""
+    """Training processes on this machine; 0: one per visible GPU, or one. Under torchrun or accelerate launch
+    theirs is the number: 0, or the same."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads per process; 0: torch's own choice (1 in reference mode)."""
     reference: bool = False
@@ -141,6 +152,27 @@ class TrainConfig(Section):
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps {self.train.steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> TrainConfig:
+        """Options that another section leaves without effect."""
+        support = getattr(self.loss, "support", "teacher")
+        if self.teacher.top_k == "all" and support != "teacher":
+            raise ValueError(
+                f"loss.support: got {support!r} with teacher.top_k all, expected teacher: "
+                "the whole vocabulary is compared"
+            )
+        rate = OptimConfig.model_fields["muon_learning_rate"].default
+        if self.optim.name != "muon" and self.optim.muon_learning_rate != rate:
+            raise ValueError(
+                f"optim.muon_learning_rate: got {self.optim.muon_learning_rate} with optim.name {self.optim.name}, "
+                "expected none: it is muon's"
+            )
+        if self.eval.data is not None and "every" not in self.eval.model_fields_set:
+            raise ValueError(
+                "eval.every: not set, but eval.data is; expected the steps between evaluations, or 0 for none"
             )
         return self
 

@@ -68,6 +68,10 @@ class EvaluationConfig(Section):
             raise ValueError("model is not set: name a directory or a hub id (--model MODEL)")
         if not self.data.source:
             raise ValueError("data.source is not set: name a file of problems (--data FILE)")
+        if self.rollout.greedy and self.seed:
+            raise ValueError(f"seed: got {self.seed} with rollout.greedy, expected none: nothing is drawn")
+        if self.rollout.group_size != 1:
+            raise ValueError(f"rollout.group_size: got {self.rollout.group_size}, expected 1: one answer per problem")
         return self
 
 

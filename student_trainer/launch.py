@@ -21,6 +21,9 @@ from types import FrameType
 from student_trainer.config import TeacherConfig
 from student_trainer.scoring import HandshakeError
 
+LOCAL_TEACHER = "PRECEPTOR_LOCAL_TEACHER"
+"""Environment variable by which ranks learn the URL of the teacher that their launcher serves. Not an option: their
+configuration, which they record, stays as the user wrote it."""
 POLL_S = 0.1
 STOP_GRACE_S = 40.0
 """From SIGTERM to SIGKILL: a rank may write its checkpoint in this time."""
@@ -60,12 +63,14 @@ def local_teacher(config: TeacherConfig) -> Iterator[str]:
             _stop([child], TEACHER_STOP_S)
 
 
-def run_ranks(num_processes: int, arguments: Sequence[str]) -> int:
-    """Runs `student-train` once per rank on this machine and returns the exit code of the first rank that failed, or 0.
+def run_ranks(num_processes: int, arguments: Sequence[str], url: str) -> int:
+    """Runs `student-train` once per rank on this machine, with the teacher at `url`, and returns the exit code of the
+    first rank that failed, or 0.
 
     Signals that ask to stop are passed on; where one rank fails, the others are stopped.
     """
     shared = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared[LOCAL_TEACHER] = url
     command = [sys.executable, "-m", "student_trainer", *arguments]
     children: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []

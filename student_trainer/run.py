@@ -189,6 +189,10 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     check_installed(config.tracking)
     objective = build(config.loss)
     needs = objective.needs(config.teacher.top_k)
+    if config.teacher.value_type == "float16" and not needs.top_k:
+        raise ValueError(
+            f"teacher.value_type: got float16, but {config.loss.objective} asks for no top-k values; expected float32"
+        )
     student = students.load(config.student, dist.device)
     prompts = load_prompts(config.data, student.tokenizer)
     longest = _longest_tokens(config, student, prompts)
@@ -199,7 +203,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     try:
         scoring.check_tokenizer(student.tokenizer, teacher)
         warnings = scoring.check_teacher(teacher, needs, options, longest)
-        warnings += [*start.warnings, *_warnings(config, prompts)]
+        warnings += [*start.warnings, *_warnings(config, prompts, needs)]
         began_with = str(start.state.get("teacher_fingerprint", ""))
         scoring.check_same_teacher(began_with, teacher, config.teacher.accept_new_teacher)
         optimizer = Optimizer(student.model.named_parameters(), config.optim, config.train.steps)
@@ -274,9 +278,16 @@ def _eval_prompts(config: TrainConfig, student: Student) -> Sequence[Prompt]:
     return prompts
 
 
-def _warnings(config: TrainConfig, prompts: PromptSource) -> list[str]:
+def _warnings(config: TrainConfig, prompts: PromptSource, needs: Needs) -> list[str]:
     """What is allowed, but should be known."""
     found = []
+    top_k = config.teacher.top_k
+    if (
+        not needs.top_k
+        and not needs.student_top_k
+        and top_k not in (0, type(config.teacher).model_fields["top_k"].default)
+    ):
+        found.append(f"teacher.top_k is {top_k}, but {config.loss.objective} asks for the sampled token alone")
     if prompts.num_dropped:
         found.append(f"{prompts.num_dropped} prompts are longer than data.max_prompt_tokens and left out")
     rollout = config.rollout

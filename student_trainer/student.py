@@ -169,6 +169,11 @@ def _locate(config: StudentConfig) -> dict[str, Any]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise StudentError(f"student.model {config.model!r} has no config.json; expected a Hugging Face directory")
+        if config.revision:
+            raise StudentError(
+                f"student.revision: got {config.revision!r} with the directory {config.model!r}, expected none: only a "
+                "model of the hub has revisions"
+            )
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True, "trust_remote_code": False}
     if path.exists() or looks_like_path:
         raise StudentError(f"student.model {config.model!r} is not a directory; expected a checkpoint or a hub id")

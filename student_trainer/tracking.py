@@ -9,9 +9,9 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from teacher_api.settings import Section
 
@@ -19,19 +19,38 @@ METRICS_FILE = "metrics.jsonl"
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "aim", "clearml", "dvclive"]
 
 
+TAKERS: dict[str, tuple[TrackerName, ...]] = {
+    "project": ("wandb", "trackio", "mlflow", "swanlab", "comet_ml", "clearml"),
+    "run_name": ("wandb", "aim"),
+    "wandb_mode": ("wandb",),
+}
+"""Which trackers an option reaches."""
+
+
 class TrackingConfig(Section):
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Besides metrics.jsonl. Each needs its package installed."""
     project: str = "preceptor"
-    """Project name, for the trackers that have projects."""
+    """Project name, for the trackers that have projects: wandb, trackio, mlflow, swanlab, comet_ml, clearml."""
     run_name: str = ""
-    """Empty: the name of the output directory."""
+    """For wandb and aim. Empty: the name of the output directory."""
     wandb_mode: Literal["online", "offline", "disabled"] = "offline"
     """W&B only."""
     log_every: int = Field(1, ge=1)
     """Steps between lines of metrics."""
     samples_every: int = Field(10, ge=0)
     """Steps between tables of completions on the console; 0: none."""
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Self:
+        for name, takers in TAKERS.items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default and not set(takers) & set(self.trackers):
+                raise ValueError(
+                    f"{name}: got {value!r} with trackers {', '.join(self.trackers) or 'none'}, expected one of those "
+                    f"that take it: {', '.join(takers)}"
+                )
+        return self
 
 
 class Tracker:

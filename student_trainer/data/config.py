@@ -80,3 +80,13 @@ class DataConfig(Section):
             if clash:
                 raise ValueError(f"prompt_key takes the prompt as it stands; remove {', '.join(clash)}")
         return self
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Self:
+        if self.overlong == "drop" and self.max_prompt_tokens is None:
+            raise ValueError("overlong: got drop without max_prompt_tokens; expected both, or neither")
+        if self.template == "plain" and not self.add_generation_prompt:
+            raise ValueError(
+                "add_generation_prompt: got false with template plain, expected a chat template to leave it to"
+            )
+        return self

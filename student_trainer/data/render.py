@@ -35,6 +35,11 @@ class Renderer:
         if config.template == "chat" and not has_template:
             raise DataError("data.template is `chat`, but the tokenizer has no chat template; use `plain` or `auto`")
         self.is_chat = has_template and config.template != "plain"
+        if not self.is_chat and not config.add_generation_prompt:
+            raise DataError(
+                "data.add_generation_prompt: got false, but the tokenizer has no chat template; expected true, or a "
+                "tokenizer with one"
+            )
         self.question_key = config.prompt_key or config.question_key or _first_present(QUESTION_KEYS, first, where)
         self.answer_key = config.answer_key or (ANSWER_KEY if ANSWER_KEY in first else None)
 

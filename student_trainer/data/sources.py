@@ -35,6 +35,8 @@ def read(config: DataConfig) -> Records:
             "`org/name`, or `package.module:Class`"
         )
     reader = FILE_READERS.get(Path(source).suffix.lower())
+    if reader is not None or ":" in source:
+        _refuse_hub_options(config)
     if reader is not None:
         path = Path(source).expanduser()
         if not path.is_file():
@@ -49,6 +51,16 @@ def read(config: DataConfig) -> Records:
     raise DataError(
         f"data.source {source}: no such file, and neither a hub dataset id `org/name` nor `package.module:Class`"
     )
+
+
+def _refuse_hub_options(config: DataConfig) -> None:
+    for name in ("split", "subset"):
+        value, default = getattr(config, name), DataConfig.model_fields[name].default
+        if value != default:
+            raise DataError(
+                f"data.{name}: got {value!r} with data.source {config.source}, expected none: only a dataset of the "
+                f"hub (`org/name`) has a {name}"
+            )
 
 
 def _text(path: Path) -> str:

@@ -91,6 +91,15 @@ class NotIterable:
 NOT_CALLABLE = 3
 
 
+@pytest.mark.parametrize(("option", "value"), [("split", "test"), ("subset", "main")])
+@pytest.mark.parametrize("source", ["file", f"{__name__}:Own"])
+def test_only_a_dataset_of_the_hub_has_splits_and_subsets(source: str, option: str, value: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "p.jsonl")
+    source = source if ":" in source else str(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match=rf"data\.{option}: got '{value}' with data\.source .*, expected none"):
+        sources.read(DataConfig(source=source, **{option: value}))
+
+
 def test_a_class_of_ones_own_is_a_source() -> None:
     got = [dict(record) for _, record in sources.read(DataConfig(source=f"{__name__}:Own"))]
     assert got == RECORDS

@@ -54,6 +54,8 @@ def test_accuracy_is_the_share_of_greedy_completions_that_match(
         (["--model", "m"], "data.source is not set"),
         (["--model", "missing", "--data", "x.jsonl"], "missing"),
         (["--modle", "m"], "model"),
+        (["--model", "m", "--data", "x.jsonl", "--seed=3"], "seed: got 3 with rollout.greedy"),
+        (["--model", "m", "--data", "x.jsonl", "rollout.group_size=2"], "rollout.group_size: got 2, expected 1"),
         (["--model", "m", "--data", "x.jsonl", "--json", "nowhere/out.json"], "directory is not there"),
     ],
 )

@@ -60,6 +60,12 @@ def test_packing_fills_what_fits() -> None:
 # -- student
 
 
+def test_a_revision_of_a_directory_is_refused(tmp_path) -> None:
+    save_tiny(tmp_path)
+    with pytest.raises(StudentError, match=r"student.revision: got 'v1' with the directory .*, expected none"):
+        load(StudentConfig(model=str(tmp_path), revision="v1"), CPU)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_hidden_rows_predict_the_completion_tokens(arch: str, tmp_path) -> None:
     """Row n through the head is the whole model's logits at position P + n - 1 of that sequence alone."""
@@ -292,7 +298,7 @@ def test_where_things_are_and_how_fast_may_change(tmp_path) -> None:
         tmp_path,
         teacher={"url": "http://other:1", "timeout_s": 1},
         train={"output_dir": str(tmp_path / "run"), "steps": 7, "micro_batch_tokens": 5},
-        tracking={"project": "x"},
+        tracking={"project": "x", "trackers": ["wandb"]},
         checkpoint={"keep_last": 9},
     )
     assert find_start(moved).step == 0
@@ -340,11 +346,39 @@ def test_differences_are_sorted_and_name_what_is_missing() -> None:
         ({"student": {"model": ""}}, "student.model is not set"),
         ({"data": {"source": ""}}, "data.source is not set"),
         ({"train": {"steps": 5}, "optim": {"warmup_steps": 6}}, "warmup_steps is 6"),
+        ({"teacher": {"serve_args": ("--dtype=float32",)}}, r"serve_args: got \('--dtype=float32',\) with teacher.url"),
+        ({"teacher": {"visible_devices": "1"}}, "visible_devices: got '1' with teacher.url, expected none"),
+        (
+            {"teacher": {"top_k": "all"}, "loss": {"support": "union"}},
+            "loss.support: got 'union' with teacher.top_k all",
+        ),
+        ({"optim": {"muon_learning_rate": 0.1}}, "optim.muon_learning_rate: got 0.1 with optim.name adamw"),
+        ({"eval": {"data": {"source": "p.jsonl"}}}, "eval.every: not set, but eval.data is"),
+        ({"data": {"overlong": "drop"}}, "overlong: got drop without max_prompt_tokens"),
+        ({"data": {"template": "plain", "add_generation_prompt": False}}, "add_generation_prompt: got false"),
+        ({"tracking": {"project": "x"}}, "project: got 'x' with trackers tensorboard, expected one of .*mlflow"),
+        ({"tracking": {"run_name": "x", "trackers": ["mlflow"]}}, "run_name: got 'x' with trackers mlflow"),
+        ({"tracking": {"wandb_mode": "online", "trackers": []}}, "wandb_mode: got 'online' with trackers none"),
     ],
 )
 def test_sections_that_do_not_go_together_are_refused(changes: dict, words: str, tmp_path) -> None:
     with pytest.raises(ValueError, match=words):
         config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "together",
+    [
+        {"teacher": {"url": (), "model": "t", "serve_args": ("--dtype=float32",), "visible_devices": "1"}},
+        {"teacher": {"top_k": 8}, "loss": {"support": "union"}},
+        {"optim": {"name": "muon", "muon_learning_rate": 0.1}},
+        {"eval": {"data": {"source": "p.jsonl"}, "every": 0}},  # switched off
+        {"data": {"overlong": "drop", "max_prompt_tokens": 5}},
+        {"tracking": {"trackers": ["tensorboard", "wandb"], "project": "x", "run_name": "y", "wandb_mode": "online"}},
+    ],
+)
+def test_options_are_taken_with_what_they_belong_to(together: dict, tmp_path) -> None:
+    assert TrainConfig.model_validate(config(tmp_path, **together).model_dump()) == config(tmp_path, **together)
 
 
 def test_the_experiment_is_json_and_leaves_places_out(tmp_path) -> None:

@@ -239,6 +239,16 @@ def test_a_local_teacher_is_started_and_stopped(place, tmp_path, capfd) -> None:
                     "teacher.start_timeout_s=0.3"]) == 75  # fmt: skip
 
 
+@pytest.mark.slow
+def test_two_ranks_record_the_local_teacher_as_it_was_configured(place, tmp_path) -> None:
+    argv = arguments(tmp_path / "run", place / "student", place / "prompts.txt", "", "--steps=1", "--num-processes=2")
+    argv = [a for a in argv if not a.startswith("--teacher-url")]
+    assert cli.run([*argv, f"--teacher-model={place / 'teacher'}", 'teacher.serve_args=["--reference"]']) == 0
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["teacher"]
+    assert (written["url"], written["model"]) == ([], str(place / "teacher"))
+    assert written["serve_args"] == ["--reference"]
+
+
 # -- looking without touching
 
 
@@ -287,6 +297,10 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["--output-dir={place}/prompts.txt"], "is a file"),
     (["--output-dir={place}/prompts.txt/below"], "can't be written"),
     (["--teacher-model=x"], "got both"),
+    (["teacher.visible_devices=1"], "visible_devices: got '1' with teacher.url"),
+    (["data.split=test"], "data.split: got 'test' with data.source"),
+    (["data.add_generation_prompt=false"], "data.add_generation_prompt: got false"),
+    (["loss.support=student", "teacher.value_type=float16"], "teacher.value_type: got float16"),
 ]
 
 
@@ -299,6 +313,19 @@ def test_refusals_are_one_line_and_leave_nothing(more, words, train, place, capf
     assert said[0].startswith("student-train: ")
     assert words in said[0]
     assert not run_dir.exists()
+
+
+def test_a_launchers_number_of_processes_is_not_argued_with(train, capfd, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, run_dir = train("train.num_processes=3")
+    assert code == 2
+    assert "train.num_processes: got 3, but the launcher started 2" in capfd.readouterr().err
+    assert not run_dir.exists()
+
+
+def test_a_top_k_that_nobody_asks_for_is_a_warning(train, capfd) -> None:
+    assert train("--steps=1", "loss.objective=policy_gradient", "teacher.top_k=9")[0] == 0
+    assert "teacher.top_k is 9, but policy_gradient asks for the sampled token alone" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("url", ["grpc://127.0.0.1:9", "http://127.0.0.1:9"])
