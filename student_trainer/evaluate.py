@@ -124,13 +124,30 @@ TASKS: dict[TaskName, Callable[[str, str], bool]] = {
     "numeric_answer": numeric_answer,
 }
 
-_MARKERS = re.compile(r"(?:Answer:|####)[ \t]*([^\n]*)|\\boxed\{([^{}]*)\}")
+_MARKS = re.compile(r"Answer:|####|\\boxed\{|\\.|[{}]")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def _marked(text: str) -> str | None:
-    found = list(_MARKERS.finditer(text))
-    return (found[-1][1] if found[-1][1] is not None else found[-1][2]) if found else None
+    """What the last marker of `text` marks: the rest of its line, or the inside of a box up to the brace that closes
+    it. A box that is never closed marks nothing; of nested ones the innermost counts."""
+    found: str | None = None
+    last_box = -1
+    opened: list[int] = []  # where the inside of each open brace begins; -1 where it is no box's
+    for mark in _MARKS.finditer(text):
+        match mark[0]:
+            case "{" | "\\boxed{" as brace:
+                opened.append(mark.end() if brace != "{" else -1)
+            case "}":
+                begin = opened.pop() if opened else -1
+                if begin > last_box:
+                    found, last_box = text[begin : mark.start()], begin
+            case escaped if escaped.startswith("\\"):
+                pass
+            case _:
+                end = text.find("\n", mark.end())
+                found = text[mark.end() : end if end >= 0 else None]
+    return found
 
 
 def _last_number(text: str) -> Decimal | None:
