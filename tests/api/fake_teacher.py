@@ -100,7 +100,7 @@ class Fault:
 
 
 class Broken(Exception):
-    pass
+    """The connection is lost."""
 
 
 class FakeTeacher:
@@ -189,7 +189,7 @@ class FakeTeacher:
 
 
 class RawAnswer(Exception):
-    pass
+    """An HTTP answer, status and body, that is not ours."""
 
 
 def status_of(error: TeacherError) -> bytes:
