@@ -75,8 +75,13 @@ class Run:
         if self.dist.is_main:
             self.claim = resume.claim(self.run_dir)
             resume.record(self.config)
-        self.tracker = Tracker(self.run_dir, self.config.tracking, resolved, is_main=self.dist.is_main)
-        self.tracker.resume_at(self.step if self.start.checkpoint else -1)
+        self.tracker = Tracker(
+            self.run_dir,
+            self.config.tracking,
+            resolved,
+            resumed_step=self.step if self.start.checkpoint else -1,
+            is_main=self.dist.is_main,
+        )
 
     def report(self, scored: Sequence[ScoredRollout], learned: Metrics, clock: metrics.Clock) -> None:
         """Metrics of the step that `step` now counts, reduced over ranks, to the console and the trackers."""

@@ -1,6 +1,7 @@
 """Where metrics go: `metrics.jsonl` always, and those of accelerate's trackers that are asked for.
 
-Invariant: after a resume at step s the file holds one line for each logged step up to s and none beyond.
+Invariant: after a resume at step s the file holds one line for each logged step up to s and none beyond; TensorBoard
+shows the same.
 """
 
 from __future__ import annotations
@@ -54,10 +55,21 @@ class TrackingConfig(Section):
 
 
 class Tracker:
-    """Writes metrics of one run. Does nothing on ranks other than the main one."""
+    """Writes metrics of one run. Does nothing on ranks other than the main one.
+
+    Args:
+        resumed_step: the step whose checkpoint the run goes on from; -1: it begins anew. What was written of later
+            steps is dropped, a half-written last line too: it will be written again.
+    """
 
     def __init__(
-        self, run_dir: Path, config: TrackingConfig, resolved_config: dict[str, Any], *, is_main: bool = True
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        resolved_config: dict[str, Any],
+        *,
+        resumed_step: int = -1,
+        is_main: bool = True,
     ) -> None:
         self._path = run_dir / METRICS_FILE
         self._trackers: list[Any] = []
@@ -65,11 +77,11 @@ class Tracker:
         if not is_main:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._trackers = [_start(name, run_dir, config, resolved_config) for name in config.trackers]
+        self._drop_lines_after(resumed_step)
+        self._trackers = [_start(name, run_dir, config, resolved_config, resumed_step) for name in config.trackers]
 
-    def resume_at(self, step: int) -> None:
-        """Drops lines of steps after `step`, and a half-written last line: they will be written again."""
-        if not self._is_main or not self._path.exists():
+    def _drop_lines_after(self, step: int) -> None:
+        if not self._path.exists():
             return
         kept = [line for line in read_metrics(self._path) if line["step"] <= step]
         partial = self._path.with_suffix(".partial")
@@ -110,7 +122,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _start(name: str, run_dir: Path, config: TrackingConfig, resolved_config: dict[str, Any]) -> Any:
+def _start(name: str, run_dir: Path, config: TrackingConfig, resolved_config: dict[str, Any], resumed_step: int) -> Any:
     """One of accelerate's trackers, started and told the configuration."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -119,7 +131,8 @@ def _start(name: str, run_dir: Path, config: TrackingConfig, resolved_config: di
     cls = LOGGER_TYPE_TO_CLASS[name]
     run_name = config.run_name or run_dir.resolve().name
     if name == "tensorboard":
-        tracker = cls(".", logging_dir=str(run_dir / "tensorboard"))
+        # It can't take events back: a mark in the new file has its readers drop those from purge_step on.
+        tracker = cls(".", logging_dir=str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
     elif name == "wandb":
         tracker = cls(config.project, name=run_name, mode=config.wandb_mode, dir=str(run_dir))
     elif cls.requires_logging_directory:

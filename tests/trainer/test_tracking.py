@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from student_trainer.tracking import Tracker, TrackingConfig, check_installed, read_metrics
 
@@ -22,8 +23,7 @@ def test_lines_after_the_resumed_step_are_dropped_and_a_torn_one_too(tmp_path: P
         tracker.log(step, {"loss": 1 / step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    again = Tracker(tmp_path, TrackingConfig(trackers=()), {})
-    again.resume_at(3)
+    again = Tracker(tmp_path, TrackingConfig(trackers=()), {}, resumed_step=3)
     again.log(4, {"loss": 9.0})
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
 
@@ -49,6 +49,25 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert "learning_rate" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
+@pytest.mark.parametrize(("resumed_step", "kept"), [(3, [1, 2, 3]), (-1, [])])
+def test_tensorboard_forgets_what_came_after_the_resumed_step(
+    resumed_step: int, kept: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second are read in the order of this counter, as text: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+    killed = Tracker(tmp_path, TrackingConfig(), {})
+    for step in range(1, 7):
+        killed.log(step, {"loss": float(step), "only_before": 0.0})
+    again = Tracker(tmp_path, TrackingConfig(), {}, resumed_step=resumed_step)
+    again.log(resumed_step + 1, {"loss": -1.0})
+    again.close()
+    killed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [*((s, s) for s in kept), (resumed_step + 1, -1.0)]
+    assert [e.step for e in events.Scalars("only_before")] == kept
+
+
 def test_a_tracker_that_is_not_installed_is_named() -> None:
     check_installed(TrackingConfig(trackers=("tensorboard",)))
     with pytest.raises(ValueError, match="clearml is not installed"):
@@ -56,8 +75,7 @@ def test_a_tracker_that_is_not_installed_is_named() -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path / "run", TrackingConfig(), {}, is_main=False)
+    tracker = Tracker(tmp_path / "run", TrackingConfig(), {}, resumed_step=0, is_main=False)
     tracker.log(1, {"loss": 1.0})
-    tracker.resume_at(0)
     tracker.close()
     assert not (tmp_path / "run").exists()
