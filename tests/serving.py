@@ -7,16 +7,19 @@ import asyncio
 import contextlib
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import httpx
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2, status_pb2
 
 from teacher_api import wire
 from teacher_api.errors import TeacherError
-from teacher_api.types import ScoreRequest, Scores
+from teacher_api.types import Completion, ScoreOptions, ScoreRequest, Scores
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server.app import App, StartError
 from teacher_server.backends.base import ScoringBackend
@@ -128,8 +131,6 @@ def _question(request: ScoreRequest, completion: Any, fingerprint: str, size: in
     try:
         return wire.question(request, completion, fingerprint=fingerprint, tokenizer_size=size)
     except TeacherError:  # a wrong question still has an error frame to check
-        import numpy as np
-
         return wire.Question(completion.id, np.zeros(0, np.int32), request.options, None, size, fingerprint, b"")
 
 
@@ -189,3 +190,33 @@ def ask_grpc_stream(server: Server, request: ScoreRequest, size: int = 512) -> l
             frame = pb.ScoreFrame.FromString(data)
             frames[frame.completion_id].append(frame)
     return [assembled(request, name, got, server.fingerprint, size) for name, got in frames.items()]
+
+
+def request_of(*sequences: Sequence[int], **options: Any) -> ScoreRequest:
+    """Completions c0, c1, … without a prompt; `options` are of the scores, but for `timeout_s`."""
+    timeout_s = options.pop("timeout_s", None)
+    completions = [Completion(f"c{n}", np.asarray(s, np.int32)) for n, s in enumerate(sequences)]
+    return ScoreRequest(completions, options=ScoreOptions(**options), timeout_s=timeout_s)
+
+
+def status_of(error: grpc.RpcError) -> tuple[status_pb2.Status, error_details_pb2.ErrorInfo, Any]:
+    """What a failed call carries: its status, its ErrorInfo, and its RetryInfo or None."""
+    trailers = dict(error.trailing_metadata())
+    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    info, retry = error_details_pb2.ErrorInfo(), None
+    for detail in status.details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            detail.Unpack(info)
+        if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+    assert info.metadata["request_id"] == trailers["x-request-id"]
+    return status, info, retry
+
+
+def refused(server: Server, request: Any, method: str = "Score", **options: Any) -> tuple[grpc.StatusCode, Any, Any]:
+    """The status, ErrorInfo and RetryInfo with which a gRPC call fails."""
+    with channel(server) as opened, pytest.raises(grpc.RpcError) as raised:
+        call(opened, method, wire.encode_request(request) if isinstance(request, ScoreRequest) else request, **options)
+    _, info, retry = status_of(raised.value)
+    return raised.value.code(), info, retry
