@@ -35,6 +35,8 @@ class CheckpointConfig(Section):
     resume: str = "auto"
     """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: refuse to run where one
     is; or the path of a checkpoint of another run to begin from, in an output_dir of its own."""
+    accept_new_prompts: bool = False
+    """Go on although the prompts are not those this run was trained on so far. Off, that is refused."""
 
 
 class CheckpointError(RuntimeError):

@@ -38,6 +38,7 @@ SWITCHES = {
     "print_config": "print the resolved configuration as YAML and exit",
     "dry_run": "load everything, shake hands, score one sequence, print the plan and exit; writes nothing",
     "accept_new_teacher": "go on with a teacher other than the one this run began with",
+    "accept_new_prompts": "go on with prompts other than those this run was trained on so far",
 }
 COLLECTIVE_MARGIN_S = 1800.0
 """Added to the teacher's budget: how long ranks wait for one another (evaluation and checkpoints on the main rank)."""
@@ -73,6 +74,9 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if "accept_new_teacher" in extras:
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"accept_new_teacher": True})})
+    if "accept_new_prompts" in extras:
+        accepting = config.checkpoint.model_copy(update={"accept_new_prompts": True})
+        config = config.model_copy(update={"checkpoint": accepting})
     return _start(Command(config, tuple(arguments), "dry_run" in extras))
 
 

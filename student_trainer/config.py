@@ -100,7 +100,7 @@ class TrainSection(Section):
     """The loop itself."""
 
     steps: int = Field(1000, ge=1)
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. A run may be lengthened later where optim.schedule is constant."""
     batch_size: int = Field(32, ge=1)
     """Prompts per step, over all processes; each is sampled rollout.group_size times."""
     micro_batch_tokens: int = Field(16_384, ge=1)
@@ -158,12 +158,6 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _nothing_idle(self) -> TrainConfig:
         """Options that another section leaves without effect."""
-        support = getattr(self.loss, "support", "teacher")
-        if self.teacher.top_k == "all" and support != "teacher":
-            raise ValueError(
-                f"loss.support: got {support!r} with teacher.top_k all, expected teacher: "
-                "the whole vocabulary is compared"
-            )
         rate = OptimConfig.model_fields["muon_learning_rate"].default
         if self.optim.name != "muon" and self.optim.muon_learning_rate != rate:
             raise ValueError(
@@ -188,7 +182,7 @@ FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
         "max_bad_steps",
     ),
     "eval": (),
-    "checkpoint": ("save_every", "keep_last", "resume"),
+    "checkpoint": ("save_every", "keep_last", "resume", "accept_new_prompts"),
     "tracking": ("*",),
 }  # fmt: skip
 """Keys that may differ when a run goes on: where things are, how fast, how long. All others define the experiment. (The
@@ -203,6 +197,8 @@ def experiment(config: TrainConfig) -> dict[str, Any]:
         for key, value in values.items():
             if "*" not in free and key not in free:
                 flat[f"{section}.{key}"] = value
+    if config.optim.schedule != "constant":  # the rate at every step depends on where it ends
+        flat["optim.schedule"] = f"{config.optim.schedule} over train.steps={config.train.steps}"
     return flat
 
 

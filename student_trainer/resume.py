@@ -90,6 +90,21 @@ def _start(config: TrainConfig) -> Start:
     return Start(latest, {} if latest is None else checkpoint.read_state(latest), warnings)
 
 
+def check_same_prompts(start: Start, config: TrainConfig, num_prompts: int, digest: str) -> None:
+    """Raises ResumeError where a run would go on with other prompts than it was trained on so far. A run that begins
+    from another's checkpoint has its own."""
+    before = start.state.get("prompts")
+    if not before or start.checkpoint is None or config.checkpoint.accept_new_prompts:
+        return
+    is_own = start.checkpoint.resolve().is_relative_to(Path(config.train.output_dir).resolve())
+    if is_own and before["digest"] != digest:
+        raise ResumeError(
+            f"data.source {config.data.source} has changed: {start.checkpoint} was trained on {before['count']} "
+            f"prompts with digest {before['digest']}, now there are {num_prompts} with {digest}; put the old ones back, "
+            "or pass --accept-new-prompts to go on with the new ones"
+        )
+
+
 def claim(run_dir: Path, wait_s: float = CLAIM_WAIT_S) -> IO[str]:
     """Takes the output directory for this process, until the file that is returned is closed or the process ends,
     however it ends: two runs in one directory would remove each other's checkpoints while they are written.

@@ -127,6 +127,7 @@ class Run:
                 "evaluated_at": self.evaluated_at,
                 "bad_steps": self.bad_steps.in_a_row,
                 "teacher_fingerprint": self.teacher.fingerprint,
+                "prompts": {"count": len(self.prompts), "digest": self.prompts.digest()},
                 "world": self.dist.world,
             }
             checkpoint.save(
@@ -200,6 +201,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
         )
     student = students.load(config.student, dist.device)
     prompts = load_prompts(config.data, student.tokenizer)
+    resume.check_same_prompts(start, config, len(prompts), prompts.digest())
     longest = _longest_tokens(config, student, prompts)
     options = ScoreOptions(
         top_k=needs.top_k, temperature=config.loss.teacher_temperature, value_type=config.teacher.value_type
@@ -219,6 +221,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
             dist.require_equal("the student's weights", weights_digest(student.model.named_parameters()))
             dist.require_equal("the teacher's fingerprint", teacher.fingerprint)
             dist.require_equal("the first step", str(start.step))
+            dist.require_equal("the digest of the prompts", prompts.digest())
         return Run(
             config=config,
             dist=dist,

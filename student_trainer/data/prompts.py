@@ -3,6 +3,7 @@ save, nothing to restore, the same on every rank."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,15 @@ class PromptSource:
     def all(self) -> Sequence[Prompt]:
         """Every prompt once, in the source's order."""
         return self._prompts
+
+    def digest(self) -> str:
+        """Of the token ids of all prompts, in their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for prompt in self._prompts:
+            ids = np.ascontiguousarray(prompt.token_ids, dtype="<i4")
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.tobytes())
+        return digest.hexdigest()
 
     def batch(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
         """The prompts of one step, counted from 0: places step·batch_size … of the endless sequence of epochs, each a

@@ -230,3 +230,12 @@ def test_without_shuffling_the_sources_order_repeats() -> None:
 def test_bad_batches_are_refused(step: int, size: int, seed: int) -> None:
     with pytest.raises(ValueError, match="expected step >= 0"):
         numbered(3).batch(step, size, seed)
+
+
+def test_the_digest_is_of_every_token_and_their_order() -> None:
+    def digest(*prompts: list[int]) -> str:
+        return PromptSource([Prompt(9, np.array(p, dtype=np.int32)) for p in prompts]).digest()
+
+    assert digest([1, 2], [3]) == digest([1, 2], [3])
+    others = [digest([1], [2, 3]), digest([3], [1, 2]), digest([1, 2]), digest([1, 2], [3], [3]), digest([1, 2], [4])]
+    assert len({digest([1, 2], [3]), *others}) == 6

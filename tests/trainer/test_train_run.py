@@ -353,6 +353,45 @@ def test_another_teacher_is_refused_until_it_is_accepted(train, teachers, capfd)
     assert len(metrics(run_dir)) == 6
 
 
+def test_other_prompts_are_refused_until_they_are_accepted(train, place, tmp_path, capfd) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("\n".join(PROMPTS) + "\n")
+    train("--steps=2", f"--prompts={mine}")
+    mine.write_text("\n\n".join(PROMPTS))  # the same prompts, written otherwise
+    assert train("--steps=3", f"--prompts={mine}")[0] == 0
+    mine.write_text("\n".join([*PROMPTS[1:], "a new one"]))
+    capfd.readouterr()
+    code, run_dir = train(f"--prompts={mine}")
+    said = capfd.readouterr().err.strip()
+    assert code == 2
+    assert len(said.splitlines()) == 1
+    assert f"data.source {mine} has changed" in said
+    assert "--accept-new-prompts" in said
+    first, second = re.findall(r"\b[0-9a-f]{32}\b", said)
+    assert first != second
+    assert len(metrics(run_dir)) == 3
+    assert train(f"--prompts={mine}", "--accept-new-prompts", "--steps=5")[0] == 0
+    assert train(f"--prompts={mine}")[0] == 0  # accepted once
+    assert len(metrics(run_dir)) == 6
+
+
+def test_a_run_begun_from_anothers_checkpoint_has_prompts_of_its_own(train, tmp_path) -> None:
+    _, first = train("--steps=2", name="first")
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a new one\nanother")
+    begun = f"checkpoint.resume={first / 'checkpoints' / 'step-00000002'}"
+    assert train("--steps=3", begun, f"--prompts={mine}", name="branch")[0] == 0
+
+
+def test_a_decaying_schedule_keeps_its_length(train, capfd) -> None:
+    train("--steps=2", "optim.schedule=cosine")
+    capfd.readouterr()
+    code, run_dir = train("--steps=4", "optim.schedule=cosine")
+    assert code == 2
+    assert "optim.schedule: 'cosine over train.steps=2' -> 'cosine over train.steps=4'" in capfd.readouterr().err
+    assert len(metrics(run_dir)) == 2
+
+
 def test_another_experiment_is_refused_in_the_same_directory(train, capfd) -> None:
     train("--steps=2")
     capfd.readouterr()
