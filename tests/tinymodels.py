@@ -40,8 +40,8 @@ def tiny_tokenizer(size: int = 120) -> PreTrainedTokenizerFast:
     return _tokenizer(size)
 
 
-_COMMON = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-_ATTENTION = {
+SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+ATTENTION = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -50,15 +50,15 @@ _ATTENTION = {
     "max_position_embeddings": 128,
 }
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3": ("Qwen3Config", {**_ATTENTION, "head_dim": 8, "tie_word_embeddings": True}),
-    "qwen2": ("Qwen2Config", {**_ATTENTION}),
-    "llama": ("LlamaConfig", {**_ATTENTION}),
-    "mistral": ("MistralConfig", {**_ATTENTION, "sliding_window": None}),
-    "gemma2": ("Gemma2Config", {**_ATTENTION, "head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 16}),
+    "qwen3": ("Qwen3Config", {**ATTENTION, "head_dim": 8, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {**ATTENTION}),
+    "llama": ("LlamaConfig", {**ATTENTION}),
+    "mistral": ("MistralConfig", {**ATTENTION, "sliding_window": None}),
+    "gemma2": ("Gemma2Config", {**ATTENTION, "head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 16}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "mixtral": (
         "MixtralConfig",
-        {**_ATTENTION, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        {**ATTENTION, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     ),
     "mamba2": (
         "Mamba2Config",
@@ -81,7 +81,7 @@ def tiny_model(
 ) -> Any:
     """A random float32 model; `scale` sharpens its weights so that distributions differ visibly from uniform."""
     config_name, settings = ARCHITECTURES[arch]
-    config = getattr(transformers, config_name)(**{**_COMMON, **settings, "vocab_size": logit_width, **overrides})
+    config = getattr(transformers, config_name)(**{**SPECIAL_IDS, **settings, "vocab_size": logit_width, **overrides})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
     with torch.no_grad():

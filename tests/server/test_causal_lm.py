@@ -8,23 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tinymodels import ARCHITECTURES, tiny_model
+from tinymodels import ARCHITECTURES, ATTENTION, SPECIAL_IDS, tiny_model
 from transformers import AutoModelForCausalLM
 
 from teacher_api import causal_lm
 
-SMALL = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+SMALL = {**SPECIAL_IDS, **ATTENTION, "vocab_size": 128}
 # Families whose head is more than a product, or whose parts have other names.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Cohere": {"logit_scale": 0.25},

@@ -1,4 +1,4 @@
-"""The torch backend's batches: within their budget, and a sequence that fails, or a caller that leaves, harms no other."""
+"""The torch backend's batches: within their budget; a sequence that fails, or a caller that leaves, harms no other."""
 
 from __future__ import annotations
 
