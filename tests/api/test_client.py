@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 
 import numpy as np
@@ -11,7 +12,7 @@ from client_calls import a_request, check, ids, run
 from fake_teacher import SERVE, FakeTeacher, Fault, V
 
 from teacher_api import errors
-from teacher_api.client import TeacherClient
+from teacher_api.client import AsyncTeacherClient, TeacherClient
 from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest
 
 pytestmark = [
@@ -115,6 +116,10 @@ def test_bad_urls(url):
 def test_bad_options(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         TeacherClient("grpc://127.0.0.1:1", **option)
+
+
+def test_both_clients_take_the_same_arguments_with_the_same_defaults():
+    assert inspect.signature(TeacherClient) == inspect.signature(AsyncTeacherClient)
 
 
 class _InThread:
