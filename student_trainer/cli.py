@@ -89,6 +89,8 @@ def _start(command: Command) -> int:
             _refuse_another_number(command.config)
             return _rank(command, os.environ.get(launch.LOCAL_TEACHER, ""))
         num_processes = _num_processes(command.config)
+        for rank in range(num_processes):
+            distributed.choose_device(command.config.student.device, rank)
         with _teacher_url(command.config) as url:
             if num_processes > 1:
                 return launch.run_ranks(num_processes, command.arguments, url)
@@ -102,7 +104,7 @@ def _rank(command: Command, url: str = "") -> int:
     from student_trainer import distributed, guards, plan, scoring
     from student_trainer.checkpoint import CheckpointError
     from student_trainer.rollout.base import RolloutError
-    from student_trainer.run import prepare
+    from student_trainer.run import prepare, require_alike
     from student_trainer.train import train
 
     config = command.config
@@ -111,12 +113,16 @@ def _rank(command: Command, url: str = "") -> int:
             dist = distributed.join(config.student.device, config.teacher.timeout_s + COLLECTIVE_MARGIN_S)
             stack.callback(dist.close)
             distributed.set_arithmetic(config.train.threads, reference=config.train.reference)
-            url = url or stack.enter_context(_shared_teacher_url(config, dist))
+            url = url or _shared_teacher_url(config, dist, stack)
             stop = stack.enter_context(guards.StopSignals().installed())
-            prepared = prepare(config, dist, url, stop)
-            stack.callback(prepared.close)
+            with guards.told_once(dist, _exit_code):
+                prepared = prepare(config, dist, url, stop)
+                stack.callback(prepared.close)
+            with guards.told_once(dist, _exit_code):
+                require_alike(prepared)
             if command.dry_run:
-                scored = plan.try_once(prepared)
+                with guards.told_once(dist, _exit_code):
+                    scored = plan.try_once(prepared)
                 if dist.is_main:
                     print("\n".join([*plan.describe(prepared), f"teacher   {scored}"]))
                 return 0
@@ -124,11 +130,14 @@ def _rank(command: Command, url: str = "") -> int:
                 prepared.console.say(f"warning: {warning}")
             if prepared.step == config.train.steps:
                 prepared.console.say(f"all {prepared.step} steps are done already: {prepared.start.checkpoint}")
-            prepared.begin()
-        except scoring.TeacherGone as error:
-            return _say(error, TEACHER_GONE)
-        except (ValueError, RolloutError, TeacherError, CheckpointError) as error:
-            return _say(error, UNUSABLE)
+            with guards.told_once(dist, _exit_code):
+                prepared.begin()
+        except guards.FailedElsewhere as error:
+            return error.code
+        except (ValueError, RolloutError, TeacherError, CheckpointError, scoring.TeacherGone) as error:
+            return _say(error, _exit_code(error))
+        except distributed.RankLost as error:
+            return _say(error, FAILED)
         try:
             train(prepared)
         except guards.StopRequested:
@@ -143,6 +152,7 @@ def _rank(command: Command, url: str = "") -> int:
             CheckpointError,
             ValueError,  # another teacher than before; an objective of the user's own that gives what it must not
             OSError,  # a disk that refuses a line of metrics
+            distributed.RankLost,
         ) as error:
             return _say(error, FAILED)
     return 0
@@ -160,16 +170,29 @@ def _teacher_url(config: TrainConfig) -> Iterator[str]:
         yield config.teacher.url[0]
 
 
-@contextlib.contextmanager
-def _shared_teacher_url(config: TrainConfig, dist: Distributed) -> Iterator[str]:
-    """As `_teacher_url`, under somebody else's launcher: the main rank serves, all ranks get its URL."""
+def _shared_teacher_url(config: TrainConfig, dist: Distributed, stack: contextlib.ExitStack) -> str:
+    """As `_teacher_url`, under somebody else's launcher: the main rank serves until `stack` ends, all ranks get its
+    URL."""
+    from student_trainer import guards
+
     if not config.teacher.model:
-        yield config.teacher.url[0]
-        return
+        return config.teacher.url[0]
     if int(os.environ.get("LOCAL_WORLD_SIZE", dist.world)) != dist.world:
         raise ValueError("teacher.model serves one machine only; for several start teacher-serve and set teacher.url")
-    with _teacher_url(config) if dist.is_main else contextlib.nullcontext("") as url:
-        yield dist.first(url)
+    with guards.told_once(dist, _exit_code):
+        url = stack.enter_context(_teacher_url(config)) if dist.is_main else ""
+    return dist.first(url)
+
+
+def _exit_code(error: Exception) -> int:
+    """Of a failure before the first step."""
+    from student_trainer.checkpoint import CheckpointError
+    from student_trainer.rollout.base import RolloutError
+    from student_trainer.scoring import TeacherGone
+
+    if isinstance(error, TeacherGone):
+        return TEACHER_GONE
+    return UNUSABLE if isinstance(error, ValueError | RolloutError | TeacherError | CheckpointError) else FAILED
 
 
 def _num_processes(config: TrainConfig) -> int:

@@ -7,10 +7,11 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,10 @@ from torch import Tensor
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are summed in flat pieces of about this size: few collectives, little extra memory."""
+
+
+class RankLost(RuntimeError):
+    """Another process of this run ended, or did not answer in time, while this one waited for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,8 @@ class Distributed:
         if self.world == 1:
             return array.copy()
         tensor = torch.from_numpy(array.copy())  # on the host: gloo
-        dist.all_reduce(tensor)
+        with _waiting():
+            dist.all_reduce(tensor)
         return tensor.numpy()
 
     def all_reduce_max(self, value: float) -> float:
@@ -54,7 +60,8 @@ class Distributed:
         if self.world == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        with _waiting():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
 
     def sum_metrics(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -70,7 +77,8 @@ class Distributed:
         if self.world == 1:
             return [value]
         gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, value)
+        with _waiting():
+            dist.all_gather_object(gathered, value)
         return gathered
 
     def first(self, text: str) -> str:
@@ -85,7 +93,8 @@ class Distributed:
         for bucket in _buckets([p for p in parameters if p.requires_grad]):
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
             flat = torch.cat([g.reshape(-1) for g in gradients])
-            dist.all_reduce(flat)
+            with _waiting():
+                dist.all_reduce(flat)
             pieces = torch.split(flat, [p.numel() for p in bucket])
             for parameter, piece in zip(bucket, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter).clone()
@@ -98,11 +107,23 @@ class Distributed:
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            with _waiting():
+                dist.barrier()
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what gloo and NCCL raise
+        cause = str(error).partition("\n")[0].partition(". ")[0]
+        raise RankLost(f"another process of this run ended or does not answer: {cause}") from error
 
 
 def join(device: str, timeout_s: float) -> Distributed:
@@ -114,7 +135,7 @@ def join(device: str, timeout_s: float) -> Distributed:
     """
     world, rank = _environment("WORLD_SIZE", 1), _environment("RANK", 0)
     local_rank = _environment("LOCAL_RANK", rank)
-    chosen = _device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1:
@@ -162,7 +183,12 @@ def _environment(name: str, default: int) -> int:
     return int(text)
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device that student.device means for the process `local_rank` of this machine.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -55,6 +55,33 @@ def _portable(failure: Exception) -> Exception:
     if isinstance(failure, RESUMABLE):
         return failure
     return TrainingError(f"another process failed: {type(failure).__name__}: {failure}")
+
+
+class FailedElsewhere(Exception):
+    """Work failed on another rank as well or alone, and that rank says why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@contextlib.contextmanager
+def told_once(dist: Distributed, exit_code: Callable[[Exception], int]) -> Iterator[None]:
+    """For work that every rank does; collectives inside must come before anything that fails on some ranks only. What
+    fails on one rank fails on all: the first with a failure keeps it, the others raise FailedElsewhere with its exit
+    code."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # every rank must hear of it before any leaves
+        failure = error
+    codes = dist.gather(None if failure is None else exit_code(failure))
+    teller = next((rank for rank, code in enumerate(codes) if code is not None), None)
+    if teller is None:
+        return
+    if teller == dist.rank and failure is not None:
+        raise failure
+    raise FailedElsewhere(codes[teller]) from failure
 
 
 class BadSteps:

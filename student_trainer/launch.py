@@ -102,7 +102,8 @@ def _wait_all(children: Sequence[subprocess.Popen[bytes]]) -> int:
         codes = [child.poll() for child in children]
         failed = [code for code in codes if code]
         if failed:
-            return failed[0] if failed[0] > 0 else 128 - failed[0]
+            killed = [code for code in failed if code < 0]  # others failed because they lost it
+            return 128 - killed[0] if killed else failed[0]
         if all(code == 0 for code in codes):
             return 0
         time.sleep(POLL_S)

@@ -100,8 +100,8 @@ def check_same_prompts(start: Start, config: TrainConfig, num_prompts: int, dige
     if is_own and before["digest"] != digest:
         raise ResumeError(
             f"data.source {config.data.source} has changed: {start.checkpoint} was trained on {before['count']} "
-            f"prompts with digest {before['digest']}, now there are {num_prompts} with {digest}; put the old ones back, "
-            "or pass --accept-new-prompts to go on with the new ones"
+            f"prompts with digest {before['digest']}, now there are {num_prompts} with {digest}; put the old ones "
+            "back, or pass --accept-new-prompts to go on with the new ones"
         )
 
 

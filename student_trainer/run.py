@@ -185,7 +185,7 @@ class Run:
 
 
 def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopSignals) -> Run:
-    """Loads and checks everything; writes nothing.
+    """Loads and checks everything; writes nothing, and waits for no other rank.
 
     Raises:
         ValueError: a family of one-line refusals: student, data, output directory, handshake.
@@ -217,11 +217,6 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
         if start.checkpoint is not None:
             checkpoint.load_model_weights(start.checkpoint, student.model)
             checkpoint.load_optimizer(start.checkpoint, optimizer)
-        if dist.world > 1:
-            dist.require_equal("the student's weights", weights_digest(student.model.named_parameters()))
-            dist.require_equal("the teacher's fingerprint", teacher.fingerprint)
-            dist.require_equal("the first step", str(start.step))
-            dist.require_equal("the digest of the prompts", prompts.digest())
         return Run(
             config=config,
             dist=dist,
@@ -249,6 +244,15 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     except BaseException:
         client.close()
         raise
+
+
+def require_alike(run: Run) -> None:
+    """Raises ValueError, on every rank, where ranks are about to train different things."""
+    if run.dist.world > 1:
+        run.dist.require_equal("the student's weights", weights_digest(run.student.model.named_parameters()))
+        run.dist.require_equal("the teacher's fingerprint", run.teacher.fingerprint)
+        run.dist.require_equal("the first step", str(run.step))
+        run.dist.require_equal("the digest of the prompts", run.prompts.digest())
 
 
 def make_sampler(config: TrainConfig, student: Student, changes: dict[str, Any]) -> TorchSampler:

@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from student_trainer import cli
 from student_trainer.tracking import Tracker
 
+# Runs in this process leave gRPC's threads behind; its handlers must not run when a later test starts processes.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
@@ -313,6 +316,43 @@ def test_refusals_are_one_line_and_leave_nothing(more, words, train, place, capf
     assert said[0].startswith("student-train: ")
     assert words in said[0]
     assert not run_dir.exists()
+
+
+RANKS_OF_THEIR_OWN = """
+import os, signal
+def one_bad():
+    return [{"question": 3 if os.environ["RANK"] == "1" else "the fox"}]
+def one_dead():
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [{"question": "the fox"}]
+def one_other():
+    return [{"question": "the fox" + os.environ["RANK"]}]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--prompts=ranks_of_mine:one_bad"], 2, "field 'question' is int; expected text"),
+        (["--prompts=ranks_of_mine:one_other"], 2, "the digest of the prompts differs between ranks"),
+        (["--student={place}/other_tokenizer"], 2, "different tokenizers"),  # all ranks
+        (["--output-dir={place}/prompts.txt/below"], 2, "can't be written"),  # the main rank
+        (["--prompts=ranks_of_mine:one_dead"], 137, "another process of this run ended"),
+    ],
+    ids=["one", "differ", "all", "main", "dead"],
+)
+def test_refusals_of_ranks_are_one_line(more, code, words, train, place, capfd, tmp_path, monkeypatch) -> None:
+    (tmp_path / "ranks_of_mine.py").write_text(RANKS_OF_THEIR_OWN)
+    monkeypatch.chdir(tmp_path)
+    got, run_dir = train("--num-processes=2", *[argument.format(place=place) for argument in more])
+    said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert got == code
+    assert len(said) == 1, said
+    assert said[0].startswith("student-train: ")
+    assert words in said[0]
+    assert not (run_dir / "metrics.jsonl").exists()
 
 
 def test_a_launchers_number_of_processes_is_not_argued_with(train, capfd, monkeypatch) -> None:
