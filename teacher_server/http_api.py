@@ -204,19 +204,25 @@ def _id(request: Request) -> str:
 
 async def _teacher_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TeacherError), "registered for TeacherError"
-    status, headers, body = problem(error, _id(request))
-    log.info("refused", kind=error.kind, field=error.field, status=status)
-    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
+    return _problem(request, error)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
+    """What the router refuses: an unknown path, or a method that a path does not have."""
     assert isinstance(error, HTTPException), "registered for HTTPException"
     if error.status_code == 404:
-        return await _teacher_error(request, NotFound("no such path; /docs lists them"))
-    refusal = InvalidRequest(str(error.detail))
-    response = await _teacher_error(request, refusal)
-    response.status_code = error.status_code
+        return _problem(request, NotFound("no such path; /docs lists them"))
+    allowed = (error.headers or {}).get("Allow")
+    detail = f"{request.method} has no meaning here; expected {allowed}" if allowed else str(error.detail)
+    response = _problem(request, InvalidRequest(detail), error.status_code)
+    response.headers.update(error.headers or {})
     return response
+
+
+def _problem(request: Request, error: TeacherError, status: int | None = None) -> Response:
+    status, headers, body = problem(error, _id(request), status)
+    log.info("refused", kind=error.kind, field=error.field, status=status)
+    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 
 class _Envelope:

@@ -26,12 +26,19 @@ def request_id_of(sent: str | None) -> str:
     return sent
 
 
-def problem(error: TeacherError, request_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, headers and body of `error`. Never more than 4 KiB: message and field are bounded by TeacherError."""
+def problem(
+    error: TeacherError, request_id: str, status: int | None = None
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body of `error`. Never more than 4 KiB: message and field are bounded by TeacherError.
+
+    Args:
+        status: what HTTP says more precisely than the error's kind; None: the kind's own.
+    """
+    status = error.http_status if status is None else status
     body = {
         "type": f"urn:preceptor:error:{error.kind}",
         "title": error.kind.replace("_", " "),
-        "status": error.http_status,
+        "status": status,
         "detail": error.message,
         "kind": error.kind,
         "retryable": error.retryable,
@@ -47,4 +54,4 @@ def problem(error: TeacherError, request_id: str) -> tuple[int, list[tuple[bytes
         headers.append((b"www-authenticate", b"Bearer"))
     encoded = json.dumps(body, ensure_ascii=False).encode()
     headers.append((b"content-length", str(len(encoded)).encode()))
-    return error.http_status, headers, encoded
+    return status, headers, encoded
