@@ -36,7 +36,8 @@ SHORTCUTS = {
 }
 SWITCHES = {
     "print_config": "print the resolved configuration as YAML and exit",
-    "dry_run": "load everything, shake hands, score one sequence, print the plan and exit; writes nothing",
+    "dry_run": "load everything, shake hands, score one sequence, measure the memory of the largest micro-batch, print "
+    "the plan and exit; writes nothing",
     "accept_new_teacher": "go on with a teacher other than the one this run began with",
     "accept_new_prompts": "go on with prompts other than those this run was trained on so far",
 }
@@ -123,8 +124,9 @@ def _rank(command: Command, url: str = "") -> int:
             if command.dry_run:
                 with guards.told_once(dist, _exit_code):
                     scored = plan.try_once(prepared)
+                took = plan.measured(prepared)
                 if dist.is_main:
-                    print("\n".join([*plan.describe(prepared), f"teacher   {scored}"]))
+                    print("\n".join([*plan.describe(prepared), f"teacher   {scored}", f"measured  {took}"]))
                 return 0
             for warning in prepared.warnings:
                 prepared.console.say(f"warning: {warning}")

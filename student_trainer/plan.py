@@ -1,7 +1,9 @@
-"""What `--dry-run` prints: what would be trained against whom, and the memory it will take, by formula."""
+"""What `--dry-run` prints: what would be trained against whom, and the memory it will take, by formula and
+measured."""
 
 from __future__ import annotations
 
+from student_trainer.measure import measure
 from student_trainer.run import Run, make_sampler
 from student_trainer.student import activation_bytes
 
@@ -9,17 +11,24 @@ OPTIMIZER_VALUES = {"adamw": 2, "muon": 2}
 """float32 values of optimizer state per parameter: AdamW's two moments (Muon keeps one for its matrices)."""
 LOSS_COPIES = 4
 """Arrays as large as a chunk's logits that exist at once: logits, log-softmax, its exponential, their gradient."""
+HELD_BEFORE = ("weights", "optimizer")
+"""There before a micro-batch begins, or not yet: optimizer state comes with the first step."""
 DRY_RUN_NEW_TOKENS = 8
 
 
-def memory(run: Run) -> dict[str, int]:
-    """Expected bytes by what holds them, on the training device of one process."""
+def micro_batch_tokens(run: Run) -> int:
+    """Most padded tokens that one forward and backward can get on one rank."""
+    train, longest = run.config.train, run.longest_tokens
+    per_step = train.batch_size * run.config.rollout.group_size
+    sequences = min(-(-per_step // run.dist.world), train.micro_batch_size or per_step)
+    return min(max(train.micro_batch_tokens, longest), sequences * longest)
+
+
+def memory(run: Run, tokens: int) -> dict[str, int]:
+    """Expected bytes by what holds them, on the training device of one process, at micro-batches of `tokens`."""
     config, student = run.config, run.student
     trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
     weights = 4 * sum(p.numel() for p in student.model.parameters())
-    tokens = max(config.train.micro_batch_tokens, run.longest_tokens)
-    per_step = config.train.batch_size * config.rollout.group_size * run.longest_tokens
-    tokens = min(tokens, -(-per_step // run.dist.world))
     width = student.parts.logit_width
     held = min(run.chunk_rows, tokens)
     teacher = width if run.needs.top_k == "all" else 2 * (run.needs.top_k + run.needs.student_top_k + 1)
@@ -31,6 +40,17 @@ def memory(run: Run) -> dict[str, int]:
         "logits": LOSS_COPIES * 4 * held * width,
         "teacher_scores": 4 * tokens * teacher,
     }
+
+
+def measured(run: Run) -> str:
+    """Runs the largest micro-batch of longest sequences once, without an optimizer step; a line of what it took."""
+    got = measure(run)
+    formula = memory(run, got.sequences * got.tokens)
+    expected = sum(size for name, size in formula.items() if name not in HELD_BEFORE)
+    return (
+        f"forward and backward of {got.sequences} sequences of {got.tokens} tokens took {human(got.num_bytes)} on "
+        f"{run.student.device.type} beside weights and optimizer; by the formula {human(expected)}"
+    )
 
 
 def try_once(run: Run) -> str:
@@ -50,7 +70,7 @@ def describe(run: Run) -> list[str]:
     config, teacher = run.config, run.teacher
     parameters = sum(p.numel() for p in run.student.model.parameters())
     per_step = config.train.batch_size * config.rollout.group_size
-    parts = memory(run)
+    parts = memory(run, micro_batch_tokens(run))
     lines = [
         f"student   {config.student.model} ({type(run.student.model).__name__}, {parameters:,} parameters, "
         f"{config.student.dtype} on {run.student.device})",

@@ -261,6 +261,7 @@ def test_dry_run_scores_a_sequence_and_writes_nothing(train, capsys) -> None:
     shown = capsys.readouterr().out
     for words in ("19,648 parameters", "scored one sequence", "memory", "optimizer 154 KiB", "6 of 6 to do"):
         assert words in shown
+    assert re.search(r"measured  forward and backward of 4 sequences of \d+ tokens took .*; by the formula", shown)
     assert not run_dir.exists()
 
 
