@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 from teacher_api import wire
@@ -36,7 +37,14 @@ def response_of(answers: list[Answer], fingerprint: str, request_id: str) -> pb.
     return pb.ScoreResponse(fingerprint=fingerprint, request_id=request_id, frames=frames)
 
 
-def is_small(answers: list[Answer]) -> bool:
+async def encoded(answers: list[Answer], fingerprint: str, request_id: str) -> bytes:
+    """`response_of` as bytes; off the event loop where it takes long."""
+    if _is_small(answers):
+        return response_of(answers, fingerprint, request_id).SerializeToString()
+    return await asyncio.to_thread(lambda: response_of(answers, fingerprint, request_id).SerializeToString())
+
+
+def _is_small(answers: list[Answer]) -> bool:
     """Whether encoding `answers` takes so little time that the event loop may do it."""
     total = 0
     for answer in answers:

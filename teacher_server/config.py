@@ -77,7 +77,8 @@ class ServerConfig(Section):
     body_idle_s: float = Field(default=10.0, gt=0, le=3600)
     """A request body that sends nothing for this long is given up."""
     answer_idle_s: float = Field(default=60.0, gt=0, le=3600)
-    """A stream whose caller takes nothing of an answer for this long is given up: its answers count as in work."""
+    """A call whose caller takes nothing of its answer for this long is given up: the answer counts as in work until
+    it has left. (gRPC's unary call: this long for each MiB of it.)"""
 
     # --- batches --------------------------------------------------------------------------------------------------
     batch_tokens: int = Field(default=8192, ge=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from teacher_api import info as info_api
 from teacher_api import wire
 from teacher_api.errors import InternalError, InvalidRequest, TeacherError, TooLarge
 from teacher_api.v1 import teacher_pb2 as pb
-from teacher_server.answers import FRAME_BYTES, frames_of, is_small, response_of
+from teacher_server.answers import FRAME_BYTES, encoded, frames_of
 from teacher_server.auth import KeyRing
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
@@ -92,27 +93,31 @@ def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
 
         return await _answered(context, work)
 
-    async def score(request: bytes, context: Any) -> Any:
-        return await _answered(context, lambda request_id: _score(service, request, request_id, context))
+    async def score(request: bytes, context: Any) -> None:
+        await _answered(context, lambda request_id: _score(service, request, request_id, context))
 
     async def score_stream(requests: AsyncIterator[bytes], context: Any) -> None:
         await _answered(context, lambda request_id: _score_stream(service, requests, request_id, context))
 
     methods = {
         "GetInfo": grpc.unary_unary_rpc_method_handler(get_info),
-        "Score": grpc.unary_unary_rpc_method_handler(score),
+        # Of one answer, written by ourselves: one that is returned may lie unread for ever and counts as sent.
+        "Score": grpc.unary_stream_rpc_method_handler(score),
         "ScoreStream": grpc.stream_stream_rpc_method_handler(score_stream),
     }
     return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
-async def _score(service: TeacherService, data: bytes, request_id: str, context: Any) -> bytes:
+async def _score(service: TeacherService, data: bytes, request_id: str, context: Any) -> None:
     fingerprint = service.open_info().fingerprint
     decoded = _decoded(data, service)
     async with service.scored(decoded, transport_s=context.time_remaining()) as answers:
-        if is_small(answers):
-            return response_of(answers, fingerprint, request_id).SerializeToString()
-        return await asyncio.to_thread(lambda: response_of(answers, fingerprint, request_id).SerializeToString())
+        message = await encoded(answers, fingerprint, request_id)
+        del answers  # what is being sent is held once
+        pieces = math.ceil(len(message) / FRAME_BYTES)
+        await context.send_initial_metadata(())  # apart from the message: a status can follow one that is stuck
+        async with taken_within(service.config.answer_idle_s * pieces):
+            await context.write(message)
 
 
 async def _score_stream(service: TeacherService, requests: AsyncIterator[bytes], request_id: str, context: Any) -> None:

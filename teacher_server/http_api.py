@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import structlog
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
 from fastapi_offline import FastAPIOffline
 from google.protobuf.message import DecodeError
 from starlette.exceptions import HTTPException
@@ -35,12 +34,13 @@ from teacher_api.errors import (
 )
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server import json_models
-from teacher_server.answers import FRAME_BYTES, frames_of, is_small, response_of
+from teacher_server.answers import FRAME_BYTES, encoded, frames_of
 from teacher_server.auth import KeyRing
+from teacher_server.http_responses import Frames, Whole
 from teacher_server.openapi import describe
 from teacher_server.problem import REQUEST_ID_HEADER, problem, request_id_of
 from teacher_server.service import TeacherService
-from teacher_server.stream import StreamSession, taken_within
+from teacher_server.stream import StreamSession
 from teacher_server.validation import decoded_of, jobs_of
 
 log = structlog.get_logger("teacher_server.http")
@@ -68,7 +68,9 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
             decoded = _decoded(body)
         else:  # slow to read, so not on the event loop
             decoded = decoded_of(await asyncio.to_thread(json_models.request_from_json, body))
-        return await _unless_gone(request, _scored(service, decoded, _id(request), kind))
+        async with contextlib.AsyncExitStack() as hold:
+            content = await _unless_gone(request, _scored(service, decoded, _id(request), kind, hold))
+            return Whole(content, kind, hold.pop_all(), service.config.answer_idle_s)
 
     @app.post("/v1/score/stream", summary="The same as length-delimited protobuf frames, for large answers")
     async def score_stream(request: Request) -> Response:
@@ -78,7 +80,7 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         decoded = _decoded(body)
         service.refuse_stream_if_full()
         jobs_of(decoded, service.open_info())  # what is wrong with the whole request is a status, not a frame
-        return _Frames(
+        return Frames(
             _frames(service, decoded, _id(request)), service.config.answer_idle_s, media_type="application/octet-stream"
         )
 
@@ -90,17 +92,16 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         return Response(info_api.to_json(service.info), media_type=JSON)
 
 
-async def _scored(service: TeacherService, decoded: wire.DecodedRequest, request_id: str, kind: str) -> Response:
+async def _scored(
+    service: TeacherService, decoded: wire.DecodedRequest, request_id: str, kind: str, hold: contextlib.AsyncExitStack
+) -> bytes:
+    """The body of the answer. What it counts as is given back when `hold` is closed."""
     fingerprint = service.open_info().fingerprint
     max_bytes = json_models.MAX_JSON_ANSWER_BYTES if kind == JSON else None
-    async with service.scored(decoded, max_bytes=max_bytes) as answers:
-        if kind == JSON:
-            return Response(json_models.response_to_json(answers, fingerprint, request_id), media_type=JSON)
-        if is_small(answers):
-            content = response_of(answers, fingerprint, request_id).SerializeToString()
-        else:
-            content = await asyncio.to_thread(lambda: response_of(answers, fingerprint, request_id).SerializeToString())
-        return Response(content, media_type=PROTOBUF)
+    answers = await hold.enter_async_context(service.scored(decoded, max_bytes=max_bytes))
+    if kind == JSON:
+        return json_models.response_to_json(answers, fingerprint, request_id)
+    return await encoded(answers, fingerprint, request_id)
 
 
 async def _frames(
@@ -115,27 +116,6 @@ async def _frames(
             for frame in frames_of(answer, fingerprint, request_id, max_rows_bytes=FRAME_BYTES):
                 data = frame.SerializeToString()
                 yield struct.pack("<I", len(data)) + data
-
-
-class _Frames(StreamingResponse):
-    """A stream that is given up when the caller takes nothing of it for `idle_s`."""
-
-    def __init__(self, content: AsyncGenerator[bytes, None], idle_s: float, **options: Any) -> None:
-        super().__init__(content, **options)
-        self._content = content
-        self._idle_s = idle_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def in_time(message: Message) -> None:
-            async with taken_within(self._idle_s):
-                await send(message)
-
-        try:
-            await super().__call__(scope, receive, in_time)
-        except Cancelled as error:  # an answer without its end: the connection is cut, which says that there is more
-            log.info("refused", kind=error.kind, field=error.field)
-        finally:
-            await self._content.aclose()  # at once: it holds the stream's budget
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

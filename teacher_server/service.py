@@ -112,7 +112,8 @@ class TeacherService:
     async def scored(
         self, decoded: DecodedRequest, *, transport_s: float | None = None, max_bytes: int | None = None
     ) -> AsyncIterator[list[Answer]]:
-        """Scores one request whole: one answer per completion, in order. Its budget is held until the block ends.
+        """Scores one request whole: one answer per completion, in order. Its budget is held until the block ends,
+        which is when the answer has been delivered.
 
         Args:
             transport_s: time that the transport's own deadline leaves; None: it has none.
@@ -140,12 +141,7 @@ class TeacherService:
         cost = Cost(sum(job.num_tokens for job in good), sum(sizes))
         self.admission.take(cost)
         try:
-            results = await self._run(good, deadline)
-            by_id = dict(zip((job.id for job in good), results, strict=True))
-            yield [
-                Answer(name, by_id[name], job) if isinstance(job, ScoreJob) else Answer(name, job, None)
-                for name, job in zip(decoded.ids, jobs, strict=True)
-            ]
+            yield _paired(decoded.ids, jobs, await self._run(good, deadline))  # not kept here while they are sent
         finally:
             self.admission.give(cost)
 
@@ -170,6 +166,17 @@ class TeacherService:
     def _checked(self, job: ScoreJob, result: Scores | TeacherError) -> Scores | TeacherError:
         answer = checked(job, result, self.info.tokenizer_size)
         return answer if isinstance(answer, TeacherError) else replace(answer, fingerprint=self.info.fingerprint)
+
+
+def _paired(
+    ids: Sequence[str], jobs: Sequence[ScoreJob | TeacherError], results: Sequence[Scores | TeacherError]
+) -> list[Answer]:
+    """One answer per id: the next of `results`, or what its request was refused with."""
+    scored = iter(results)
+    return [
+        Answer(name, next(scored), job) if isinstance(job, ScoreJob) else Answer(name, job, None)
+        for name, job in zip(ids, jobs, strict=True)
+    ]
 
 
 async def self_check(scheduler: Scheduler, info: TeacherInfo) -> None:
