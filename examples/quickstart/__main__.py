@@ -5,9 +5,13 @@ import time
 _STARTED = time.monotonic()  # before the slow imports: they count
 
 import argparse  # noqa: E402
+import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
+
+# Read when torch is loaded. Threads that spin while they wait lose several times the speed where cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402

@@ -40,8 +40,8 @@ class Recipe:
     check_every: int = 10
 
 
-TEACHER = Recipe(layers=4, hidden=128, heads=4, feed_forward=384, steps=400, stop_at_accuracy=0.985, check_every=20)
-STUDENT = Recipe(layers=3, hidden=96, heads=3, feed_forward=256, steps=300, stop_at_accuracy=0.15, check_every=5)
+TEACHER = Recipe(layers=4, hidden=128, heads=4, feed_forward=384, steps=240, check_every=60)
+STUDENT = Recipe(layers=3, hidden=96, heads=3, feed_forward=256, steps=300, stop_at_accuracy=0.12, check_every=5)
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
