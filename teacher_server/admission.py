@@ -1,17 +1,19 @@
 """How much work is accepted: one budget of tokens and one of answer bytes. Work over the budget is refused with a
-time to come back (unary calls) or waits its turn in order (streams, which stop reading meanwhile)."""
+time to come back (unary calls) or waits its turn in order (streams, which stop reading meanwhile). Bodies that are
+still being received have a budget of their own."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from teacher_api.errors import Overloaded, TooLarge
 
 RETRY_AFTER_S = (0.05, 60.0)
-RETRY_AFTER_UNKNOWN_S = 1.0  # before the first batch tells how fast this teacher is
+RETRY_AFTER_UNKNOWN_S = 1.0  # before the first batch tells how fast this teacher is, and for what it does not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +101,41 @@ class Admission:
         excess = max(self.tokens + cost.tokens - self.max_tokens, cost.tokens)
         low, high = RETRY_AFTER_S
         return min(max(excess / rate, low), high)
+
+
+class Receiving:
+    """Bytes of request bodies that are being received, over all connections. What has come counts, not what was
+    announced: a caller that announces much and sends nothing keeps nobody out."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+    @contextlib.contextmanager
+    def body(self, announced: int) -> Iterator[Callable[[int], None]]:
+        """Around the receiving of one body. Gives what must be called with the size of each piece that came.
+
+        Raises:
+            Overloaded: there is no room for a body of `announced` bytes, or for the piece.
+        """
+        held = 0
+
+        def came(num_bytes: int) -> None:
+            nonlocal held
+            self._check(num_bytes)
+            held += num_bytes
+            self.num_bytes += num_bytes
+
+        self._check(announced)
+        try:
+            yield came
+        finally:
+            self.num_bytes -= held
+
+    def _check(self, more: int) -> None:
+        if self.num_bytes + more > self.max_bytes:
+            raise Overloaded(
+                f"{self.num_bytes} bytes of request bodies are being received; {more} more would pass the bound of "
+                f"{self.max_bytes}; come back later",
+                retry_after_s=RETRY_AFTER_UNKNOWN_S,
+            )

@@ -60,6 +60,10 @@ class ServerConfig(Section):
     """Most completions in one request."""
     max_request_bytes: int = Field(default=64 * MIB, ge=1024, le=1024 * MIB)
     """Largest request body or gRPC message."""
+    receiving_bytes: int = Field(default=1024 * MIB, ge=1024)
+    """Bytes of HTTP bodies being received at a time, over all connections; beyond it callers get `overloaded`."""
+    max_calls: int = Field(default=1024, ge=1, le=1 << 20)
+    """gRPC calls open at a time, streams and health checks among them; beyond it callers get RESOURCE_EXHAUSTED."""
     max_response_bytes: int = Field(default=256 * MIB, ge=1024, le=1024 * MIB)
     """Largest answer of the unary call; larger ones go over the stream."""
     max_completion_bytes: int = Field(default=2048 * MIB, ge=1024)
@@ -142,6 +146,11 @@ class ServerConfig(Section):
             raise ValueError(
                 f"max_sequence_tokens {self.max_sequence_tokens} exceeds queue_tokens {self.queue_tokens}: "
                 "such a sequence could never be accepted"
+            )
+        if self.max_request_bytes > self.receiving_bytes:
+            raise ValueError(
+                f"max_request_bytes {self.max_request_bytes} exceeds receiving_bytes {self.receiving_bytes}: "
+                "such a body could never be received"
             )
         if self.reference and self.backend == "vllm":
             raise ValueError("reference needs backend torch: vLLM's results depend on what else is being scored")

@@ -45,6 +45,7 @@ class GrpcServer:
         limit = 2 * service.config.max_request_bytes + OVERSIZE_ROOM_BYTES
         self._server = grpc.aio.server(
             interceptors=[_KeyCheck(keys)],
+            maximum_concurrent_rpcs=service.config.max_calls,  # gRPC holds a whole message of each before we see it
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", -1),  # bounded by max_response_bytes, before anything is scored

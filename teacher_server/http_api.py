@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -62,22 +62,14 @@ def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
 def _add_routes(app: FastAPI, service: TeacherService) -> None:
     @app.post("/v1/score", response_model=json_models.JsonScoreResponse, summary="Score a handful of sequences")
     async def score(request: Request) -> Response:
-        body = await _body(request, service)
-        kind = _content_type(request)
-        if kind == PROTOBUF:
-            decoded = _decoded(body)
-        else:  # slow to read, so not on the event loop
-            decoded = decoded_of(await asyncio.to_thread(json_models.request_from_json, body))
+        kind, decoded = await _received(request, service, (PROTOBUF, JSON))
         async with contextlib.AsyncExitStack() as hold:
             content = await _unless_gone(request, _scored(service, decoded, _id(request), kind, hold))
             return Whole(content, kind, hold.pop_all(), service.config.answer_idle_s)
 
     @app.post("/v1/score/stream", summary="The same as length-delimited protobuf frames, for large answers")
     async def score_stream(request: Request) -> Response:
-        body = await _body(request, service)
-        if _content_type(request) != PROTOBUF:
-            raise Unsupported(f"the stream takes {PROTOBUF} only; expected that content type", field="content-type")
-        decoded = _decoded(body)
+        _, decoded = await _received(request, service, (PROTOBUF,))
         service.refuse_stream_if_full()
         jobs_of(decoded, service.open_info())  # what is wrong with the whole request is a status, not a frame
         return Frames(
@@ -138,12 +130,28 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _body(request: Request, service: TeacherService) -> bytes:
-    limit, idle_s = service.config.max_request_bytes, service.config.body_idle_s
+async def _received(
+    request: Request, service: TeacherService, kinds: tuple[str, ...]
+) -> tuple[str, wire.DecodedRequest]:
+    """The content type, which must be of `kinds`, and the request. The body counts as being received until it is
+    decoded, and is not kept afterwards."""
+    limit = service.config.max_request_bytes
     declared = request.headers.get("content-length", "")
-    too_large = TooLarge(f"the body is larger than the {limit} bytes that this server takes", field="content-length")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_large
+    announced = int(declared) if declared.isdigit() else 0
+    if announced > limit:
+        raise _too_large(limit)
+    with service.receiving.body(announced) as came:
+        body = await _body(request, limit, service.config.body_idle_s, came)
+        kind = _content_type(request)
+        if kind not in kinds:
+            raise Unsupported(f"the stream takes {PROTOBUF} only; expected that content type", field="content-type")
+        if kind == PROTOBUF:
+            return kind, _decoded(body)
+        # Slow to read, so not on the event loop.
+        return kind, decoded_of(await asyncio.to_thread(json_models.request_from_json, body))
+
+
+async def _body(request: Request, limit: int, idle_s: float, came: Callable[[int], None]) -> bytes:
     chunks: list[bytes] = []
     size = 0
     stream = request.stream()
@@ -159,8 +167,13 @@ async def _body(request: Request, service: TeacherService) -> bytes:
             return b"".join(chunks)
         size += len(chunk)
         if size > limit:
-            raise too_large
+            raise _too_large(limit)
+        came(len(chunk))
         chunks.append(chunk)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body is larger than the {limit} bytes that this server takes", field="content-length")
 
 
 def _decoded(body: bytes) -> wire.DecodedRequest:

@@ -17,7 +17,7 @@ import numpy as np
 from teacher_api.errors import DeadlineExceeded, Overloaded, TeacherError, TooLarge, Unavailable
 from teacher_api.types import ScoreOptions, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import DecodedRequest
-from teacher_server.admission import Admission, Cost
+from teacher_server.admission import Admission, Cost, Receiving
 from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.config import ServerConfig
 from teacher_server.identity import teacher_info
@@ -50,6 +50,7 @@ class TeacherService:
         self._scheduler: Scheduler | None = None
         self.open_streams = 0
         self.admission = Admission(config.queue_tokens, config.queue_bytes, self._tokens_per_s)
+        self.receiving = Receiving(config.receiving_bytes)
         lifecycle.watch_work(self._idle_s, lambda: self.admission.share)
 
     def _tokens_per_s(self) -> float:

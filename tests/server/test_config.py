@@ -75,3 +75,8 @@ def test_every_field_of_the_table_exists_and_every_field_is_documented():
     fields = ServerConfig.model_fields
     assert {name for name in USED_BY if name != "fake_"} <= set(fields)
     assert [name for name, field in fields.items() if not field.description] == []
+
+
+def test_a_body_that_could_never_be_received_is_refused_at_the_start():
+    with pytest.raises(settings.SettingsError, match=r"max_request_bytes 4096 exceeds receiving_bytes 2048"):
+        load("--model", "m", "--max-request-bytes", "4096", "--receiving-bytes", "2048")
