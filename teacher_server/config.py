@@ -132,6 +132,10 @@ class ServerConfig(Section):
     """A sequence with this id is answered with one row too few."""
     fake_hang_token: int = Field(default=-1, ge=-1)
     """A sequence with this id is never answered."""
+    fake_death_token: int = Field(default=-1, ge=-1)
+    """A sequence with this id kills the engine."""
+    fake_restart_s: float = Field(default=1.0, ge=0, le=3600)
+    """Time after which a killed engine is up again."""
 
     @field_validator("api_keys")
     @classmethod

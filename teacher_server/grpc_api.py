@@ -79,7 +79,7 @@ class GrpcServer:
 
     async def _publish(self) -> None:
         states = health_pb2.HealthCheckResponse
-        state = states.SERVING if self._lifecycle.phase == "ready" else states.NOT_SERVING
+        state = states.SERVING if self._lifecycle.is_serving else states.NOT_SERVING
         for name in ("", SERVICE):
             await self._health.set(name, state)
 

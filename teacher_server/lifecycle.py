@@ -1,7 +1,7 @@
 """The server's life: starting, ready, draining. Answers the two probes, owns the signal handlers, knows no transport.
 
 /livez: this process answers, and work does not wait behind an engine that has stopped. /readyz: the model is loaded
-and has passed its self-check, the server is not draining, and there is room for more work.
+and has passed its self-check, its engine has not died since, the server is not draining, and there is room for work.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Probe:
 class Lifecycle:
     def __init__(self, *, stall_s: float, high_water: float) -> None:
         self.phase: Phase = "starting"
+        self.engine_up = True  # False while a dead engine is being started again
         self.closed = asyncio.Event()  # the lame-duck time is over: no new work
         self.ready = asyncio.Event()
         self.drain = asyncio.Event()  # the first SIGTERM or SIGINT, or a call to begin_drain
@@ -46,6 +47,16 @@ class Lifecycle:
             self._enter("ready")
             self.ready.set()
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether work that comes now is likely to be done, were there room for it."""
+        return self.phase == "ready" and self.engine_up
+
+    def engine_is(self, up: bool) -> None:
+        if up != self.engine_up:
+            self.engine_up = up
+            self._tell()
+
     def begin_drain(self) -> None:
         """First call: drain. Second: leave at once."""
         if self.drain.is_set():
@@ -55,6 +66,9 @@ class Lifecycle:
 
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
+        self._tell()
+
+    def _tell(self) -> None:
         for listener in self._listeners:
             listener()
 
@@ -72,6 +86,8 @@ class Lifecycle:
     def readyz(self) -> Probe:
         if self.phase != "ready":
             return Probe(False, self.phase)
+        if not self.engine_up:
+            return Probe(False, "restarting: the engine died and is being started again")
         if self._share() > self._high_water:
             return Probe(False, f"busy: {self._share():.0%} of the queue is taken")
         return Probe(True, "ready")

@@ -28,6 +28,7 @@ from teacher_server.validation import answer_bytes, jobs_of
 
 RETRY_WHILE_STARTING_S = 1.0
 RETRY_WHILE_FULL_S = 5.0
+ENGINE_CHECK_S = 0.5
 SELF_CHECK_TOKENS = 8
 SELF_CHECK_TIMEOUT_S = 120.0
 SELF_CHECK_NATS = 1e-3  # how far the log of a row's whole mass may be from 0
@@ -72,15 +73,23 @@ class TeacherService:
                 f"{info.max_sequence_tokens} tokens; raise queue_tokens or lower max_sequence_tokens"
             )
         self._scheduler = scheduler = Scheduler(backend)
-        running = asyncio.create_task(scheduler.run())
+        tasks = [asyncio.create_task(scheduler.run())]
         try:
             await self_check(scheduler, info)
             self._info = info
             self.lifecycle.become_ready()
-            await running
+            tasks.append(asyncio.create_task(self._watch_engine(backend)))
+            await asyncio.gather(*tasks)
         finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch_engine(self, backend: ScoringBackend) -> None:
+        """Tells the probes of an engine that died. It is asked, for no work comes to a server that is not ready."""
+        while True:
+            self.lifecycle.engine_is(backend.is_up())
+            await asyncio.sleep(ENGINE_CHECK_S)
 
     @property
     def info(self) -> TeacherInfo:

@@ -44,6 +44,8 @@ def _fake(config: ServerConfig) -> ScoringBackend:
             nan_token=config.fake_nan_token,
             short_token=config.fake_short_token,
             hang_token=config.fake_hang_token,
+            death_token=config.fake_death_token,
+            restart_s=config.fake_restart_s,
         ),
     )
 

@@ -86,6 +86,11 @@ class ScoringBackend(ABC):
         """Scores a batch; the answer has one entry per job, in order. A failure of one job is its entry, not an
         exception; an exception means that the whole batch failed."""
 
+    def is_up(self) -> bool:
+        """Whether the engine can score. False while one that died is being started again; where nobody has begun to,
+        the call does. Asked about twice a second on the event loop, so it must not block."""
+        return True
+
     async def close(self) -> None:
         """Frees the model. Idempotent."""
         return

@@ -77,6 +77,9 @@ class ControlBackend(ScoringBackend):
 
         return score_rows(plain, logits_of, full.shape[1], full.shape[1] - 1)
 
+    def is_up(self) -> bool:
+        return self.inner.is_up()
+
     async def close(self) -> None:
         await self.inner.close()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from teacher_api.errors import TeacherError
+from teacher_api.errors import BackendFailed, TeacherError
 from teacher_api.types import Scores
 from teacher_server.backends.base import FEATURES, BatchPolicy, ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.backends.exact_rows import F64, score_rows
@@ -33,6 +34,8 @@ class Faults:
     nan_token: int = -1  # the sequence's first row is NaN
     short_token: int = -1  # the sequence loses its last row
     hang_token: int = -1  # the batch never returns
+    death_token: int = -1  # the engine dies with this batch, and is up again after restart_s
+    restart_s: float = 1.0
 
 
 def mix(x: U64) -> U64:
@@ -73,6 +76,7 @@ class FakeBackend(ScoringBackend):
         self.max_sequence_tokens = max_sequence_tokens or 32768
         self.faults = faults or Faults()
         self.scored_ids: list[str] = []  # of every job that reached this backend, newest last
+        self.up_at = 0.0  # by the monotonic clock: before it the engine is dead
         self._policy = BatchPolicy(batch_tokens, batch_sequences)
 
     @property
@@ -111,13 +115,21 @@ class FakeBackend(ScoringBackend):
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
         faults = self.faults
         self.scored_ids.extend(job.id for job in jobs)
+        if not self.is_up():
+            raise BackendFailed("injected: the engine is dead", retry_after_s=faults.restart_s)
         if faults.latency_s:
             await asyncio.sleep(faults.latency_s)
         if any(faults.poison_token in job.token_ids for job in jobs):
             raise RuntimeError("injected: this batch holds the poison token")
         if any(faults.hang_token in job.token_ids for job in jobs):
             await asyncio.Event().wait()
+        if any(faults.death_token in job.token_ids for job in jobs):
+            self.up_at = time.monotonic() + faults.restart_s
+            raise BackendFailed("injected: the engine died", retry_after_s=faults.restart_s)
         return [await asyncio.to_thread(self._one, job) for job in jobs]
+
+    def is_up(self) -> bool:
+        return time.monotonic() >= self.up_at
 
     def _one(self, job: ScoreJob) -> Scores:
         width = self.vocabulary + self.padding_columns

@@ -17,6 +17,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -126,6 +127,7 @@ class VllmBackend(ScoringBackend):
         self._thread: threading.Thread | None = None
         self._room = Room(ANSWER_BYTES)
         self._revival: concurrent.futures.Future[None] | None = None
+        self._revive_from = 0.0  # by the monotonic clock: no start before, for the last one failed
         self._request_ids = itertools.count()
 
     @property
@@ -155,6 +157,14 @@ class VllmBackend(ScoringBackend):
             raise BackendFailed("the vLLM engine died and is being started again", retry_after_s=RETRY_AFTER_DEATH_S)
         # Cancelling the wrapper cancels the work on the other loop, which aborts the engine's requests.
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._score(jobs), self._loop))
+
+    def is_up(self) -> bool:
+        if self._thread is None or self._engine is None:
+            return False
+        if self._is_dead():
+            self._revive()
+            return False
+        return True
 
     async def close(self) -> None:
         if self._thread is None:
@@ -242,11 +252,16 @@ class VllmBackend(ScoringBackend):
             ) from error
 
     def _is_dead(self) -> bool:
-        return self._revival is not None or self._engine is None or bool(self._engine.errored)
+        return self._is_reviving() or self._engine is None or bool(self._engine.errored)
+
+    def _is_reviving(self) -> bool:
+        return self._revival is not None and not self._revival.done()
 
     def _revive(self) -> None:
         """Starts a new engine in place of a dead one, once at a time; called on the server's event loop only."""
-        if self._revival is None:
+        if self._is_reviving() or not self._engine.errored:  # a start may have ended since the caller looked
+            return
+        if time.monotonic() >= self._revive_from:
             logger.error("the vLLM engine died; starting it again")
             self._revival = asyncio.run_coroutine_threadsafe(self._restart(), self._loop)
 
@@ -255,10 +270,9 @@ class VllmBackend(ScoringBackend):
         try:
             await asyncio.to_thread(self._engine.shutdown, timeout=SHUTDOWN_S)
             await self._start(self._plan)
-        except ValueError as error:
-            logger.error("%s; the next request tries again", error)
-        finally:
-            self._revival = None
+        except Exception as error:  # the boundary to foreign code: whatever went wrong, it is tried again
+            self._revive_from = time.monotonic() + RETRY_AFTER_DEATH_S
+            logger.error("%s; trying again in %g s", error, RETRY_AFTER_DEATH_S)
 
     async def _score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
         return list(await asyncio.gather(*(self._score_one(job) for job in jobs)))

@@ -244,11 +244,14 @@ def test_top_k_path_then_the_engine_is_killed_and_revived(checkpoint: Path, refe
         assert results[-1].topk_logprob is not None
         assert results[-1].topk_logprob.dtype == np.float16
         np.testing.assert_allclose(results[-1].topk_logprob, results[-2].topk_logprob, rtol=2**-11)
+        assert backend.is_up()
         _kill_the_engine(backend)
         with pytest.raises(BackendFailed, match="engine") as failure:
             asyncio.run(asyncio.wait_for(backend.score([jobs[3]]), 60))
         assert failure.value.retryable
+        assert not backend.is_up()
         (again,) = asyncio.run(_until_revived(backend, jobs[3]))
+        assert backend.is_up()
         assert again.topk_ids is not None
         np.testing.assert_array_equal(again.topk_ids, results[3].topk_ids)
     finally:
