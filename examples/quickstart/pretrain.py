@@ -40,7 +40,7 @@ class Recipe:
     check_every: int = 10
 
 
-TEACHER = Recipe(layers=4, hidden=128, heads=4, feed_forward=384, steps=240, check_every=60)
+TEACHER = Recipe(layers=3, hidden=128, heads=4, feed_forward=384, steps=240, check_every=60)
 STUDENT = Recipe(layers=3, hidden=96, heads=3, feed_forward=256, steps=300, stop_at_accuracy=0.12, check_every=5)
 
 
