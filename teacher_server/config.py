@@ -18,7 +18,8 @@ USED_BY = {
     "threads": ("torch",),
     "batch_tokens": ("torch", "fake"),
     "batch_sequences": ("torch", "fake"),
-    "head_chunk_rows": ("torch",),
+    "head_chunk_rows": ("torch", "vllm"),
+    "scoring_path": ("vllm",),
     "vllm": ("vllm",),
     "fake_": ("fake",),
 }
@@ -46,6 +47,9 @@ class ServerConfig(Section):
     """CPU threads of the model's arithmetic; 0: the library's choice."""
     reference: bool = False
     """One sequence per forward on one thread count: slower, and bit-identical whatever else is being scored."""
+    scoring_path: Literal["auto", "fused", "prompt-logprobs"] = "auto"
+    """How vLLM is asked: inside its model runner, from its prompt logprobs, or the first of them that passes a check
+    at start. The log and /v1/info say which it is."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Engine arguments handed to vLLM as they are, such as tensor_parallel_size."""
 

@@ -76,5 +76,7 @@ def _vllm(config: ServerConfig) -> ScoringBackend:
         dtype=config.dtype,
         max_sequence_tokens=config.max_sequence_tokens,
         max_top_k=config.max_top_k,
+        head_chunk_rows=config.head_chunk_rows,
+        scoring_path=config.scoring_path,
         engine_args=dict(config.vllm),
     )

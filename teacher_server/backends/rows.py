@@ -1,50 +1,84 @@
 """Exact scores of chosen rows from their hidden states, a bounded chunk of logits at a time.
 
 Owns the arithmetic of an answer: logprobs, top-k, candidates, tail, entropy, rank. Knows no model, batch or request.
-Invariant: of the [N, W] logits at most `chunk_rows` rows exist at any time, and no value leaves here non-finite.
+Invariant: of the [N, W] logits at most `chunk_rows` rows exist at any time.
 
-Shape legend: N rows, n rows of one chunk, H hidden size, W logit width, V tokenizer size (V <= W), K top-k,
-M candidates over all rows.
+Shape legend: N rows, n rows of one chunk or slice, H hidden size, W logit width, V tokenizer size (V <= W), K top-k,
+M candidates over all rows, m those of a chunk or slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from teacher_api.types import LOGPROB_FLOOR, Candidates, FloatArray, IntArray, ScoreOptions
+from teacher_api.types import LOGPROB_FLOOR, Candidates, ScoreOptions
+from teacher_server.backends.topk import BLOCK, blocks_of, top_k_by_id
 
-Head = Callable[[Tensor], Tensor]  # [n, H] -> logits [n, W]; float32, or taken to float32 here
+Head = Callable[[Tensor], Tensor]  # [n, H] -> logits [n, W], or this shard's columns of them
 
 CHUNK_BYTES = 32 << 20
 """Float32 logits of one chunk: large enough that the product is efficient, small enough to stay out of the way."""
-
-BLOCK = 128
-"""Columns of one block of the top-k search."""
+SLICE_BYTES = 1 << 20
+"""Of a chunk, what a CPU takes through all passes at a time, so that the later ones find it in its cache."""
+SMALLEST_SUM = 1e-30
+"""A float32 sum of exponentials under this has lost digits to underflow and is taken again from its own maximum."""
 
 
 @dataclass(slots=True)
 class RowScores:
-    """Scores of N rows; fields as in teacher_api.types.Scores."""
+    """Scores of N rows on the head's device; fields as in teacher_api.types.Scores. Values are at least
+    LOGPROB_FLOOR. Where `token_logprob` is NaN the model gave no distribution, and the row's other values mean nothing.
+    """
 
-    token_logprob: FloatArray  # [N]
-    log_tail: FloatArray  # [N]
-    topk_ids: IntArray | None  # [N, K]
-    topk_logprob: npt.NDArray[np.float32] | npt.NDArray[np.float16] | None  # [N, K], or [N, V] for "all"
-    candidate_logprob: FloatArray | None  # [M]
-    entropy: FloatArray | None  # [N]
-    rank: npt.NDArray[np.uint32] | None  # [N]
-    bad: npt.NDArray[np.bool_]  # [N]: the model gave NaN or +inf, or no finite logit; the row's values mean nothing
+    token_logprob: Tensor  # [N]
+    log_tail: Tensor  # [N]
+    topk_ids: Tensor | None  # int32 [N, K]
+    topk_logprob: Tensor | None  # [N, K], or [N, V] for "all"; float32 or float16
+    candidate_logprob: Tensor | None  # [M]
+    entropy: Tensor | None  # [N]
+    rank: Tensor | None  # int32 [N]
 
 
-def auto_chunk_rows(logit_width: int) -> int:
-    """Rows whose float32 logits fill CHUNK_BYTES; at least 1."""
-    return max(1, CHUNK_BYTES // (4 * logit_width))
+@dataclass(slots=True)
+class Pieces:
+    """What one shard of the columns knows of n rows. All values but `top` are relative to it: z − top."""
+
+    top: Tensor  # [n]: largest z of the shard
+    lse: Tensor  # [n]
+    token: Tensor  # [n]; −inf where another shard has it, as for `candidates`
+    tail: Tensor  # [n]: logsumexp outside the shard's own top-k, the candidates and the actual token
+    topk: Tensor  # [n, K]
+    topk_ids: Tensor  # int64 [n, K], over all shards' columns
+    candidates: Tensor  # [m]
+    mean: Tensor | None = None  # [n]: Σ p z over the shard's share of the distribution
+    larger: Tensor | None = None  # int64 [n]: columns with a larger z than the actual token's
+
+
+class Shard(Protocol):
+    """The part of the logits' columns that this process has; the others are other processes'."""
+
+    first: int
+    """Id of its first column."""
+
+    def token(self, token_n: Tensor) -> Tensor:
+        """Of each shard's z of the actual token (−inf where it has none), the largest."""
+        ...
+
+    def merge(self, pieces: Pieces, rows_m: Tensor, ids_m: Tensor, targets_n: Tensor) -> Pieces:
+        """The pieces of all shards as one."""
+        ...
+
+
+def auto_chunk_rows(logit_width: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows whose float32 logits fill `chunk_bytes`; at least 1."""
+    return max(1, chunk_bytes // (4 * logit_width))
 
 
 @torch.inference_mode()
@@ -57,6 +91,7 @@ def score_rows(
     *,
     tokenizer_size: int,
     chunk_rows: int,
+    shard: Shard | None = None,
 ) -> RowScores:
     """Scores rows under one set of options.
 
@@ -68,150 +103,179 @@ def score_rows(
     tail's −inf among them, become LOGPROB_FLOOR.
 
     Args:
-        head: logits of a chunk of hidden rows.
+        head: logits of a chunk of hidden rows. They are not changed.
         hidden_NH: [N, H], on the head's device.
         targets_N: int64 [N], the actual token of each row.
         options: `top_k` (0, k <= tokenizer_size, or "all"), `temperature`, `entropy`, `rank`, `value_type`.
         candidates: ids below `tokenizer_size` with N + 1 row offsets.
         chunk_rows: rows whose logits may exist at once.
+        shard: where `head` gives only some of the columns; "all" then needs them all.
     """
-    num_rows = hidden_NH.shape[0]
-    out = _allocate(num_rows, options, candidates, tokenizer_size)
+    num_rows, device = hidden_NH.shape[0], hidden_NH.device
+    out = _allocate(num_rows, options, candidates, tokenizer_size, device)
+    asked = _Asked.of(candidates, num_rows, device)
     for start in range(0, num_rows, chunk_rows):
         stop = min(start + chunk_rows, num_rows)
-        rows = slice(start, stop)
-        logprob_nW, out.bad[rows] = _log_probabilities(head, hidden_NH[rows], options.temperature)
-        chunk = None if candidates is None else _chunk_candidates(candidates, start, stop, hidden_NH.device)
-        _score_chunk(out, rows, logprob_nW, targets_N[rows], chunk, options, tokenizer_size)
+        logits_nW = head(hidden_NH[start:stop])
+        step = max(1, SLICE_BYTES // (4 * logits_nW.shape[-1])) if device.type == "cpu" else stop - start
+        for first in range(start, stop, step):
+            rows = slice(first, min(first + step, stop))
+            part = asked.slice(rows)
+            z_nW = logits_nW[first - start : rows.stop - start].float()
+            if options.temperature != 1.0:
+                z_nW = z_nW / options.temperature
+            pieces = _pieces(z_nW, targets_N[rows], part, options, tokenizer_size, shard)
+            if shard is not None:
+                pieces = shard.merge(pieces, part.rows, part.ids, targets_N[rows])
+            _write(out, rows, part.where, part.rows, pieces)
+            if options.top_k == "all":
+                assert out.topk_logprob is not None
+                from_top_nV = z_nW[:, :tokenizer_size] - pieces.top[:, None]
+                out.topk_logprob[rows] = _values(from_top_nV - pieces.lse[:, None])
+                del from_top_nV
+        del logits_nW, z_nW  # before the next chunk's are made
     return out
 
 
-def top_k_by_id(logits_nV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values, ids) [n, k] of the k largest entries per row, descending; equal values by ascending id.
-
-    torch.topk leaves open which of several equal entries it returns; rows where that matters at the k-th place are
-    sorted in full. Where k is small, only the k blocks of BLOCK columns with the largest maxima are searched: the k
-    largest entries lie in them.
-    """
-    width = logits_nV.shape[-1]
-    if k >= width:
-        values, ids = torch.sort(logits_nV, dim=-1, descending=True, stable=True)
-        return values[:, :k], ids[:, :k]
-    if 2 * k * BLOCK > width:
-        values, ids = torch.topk(logits_nV, k, dim=-1)
-        ties_n = (logits_nV >= values[:, -1:]).sum(-1) > k
-    else:
-        values, ids, ties_n = _top_k_of_blocks(logits_nV, k)
-    ids, order = torch.sort(ids, dim=-1)
-    values, by_value = torch.sort(values.gather(1, order), dim=-1, descending=True, stable=True)
-    ids = ids.gather(1, by_value)
-    if bool(ties_n.any()):
-        full_values, full_ids = torch.sort(logits_nV[ties_n], dim=-1, descending=True, stable=True)
-        values[ties_n], ids[ties_n] = full_values[:, :k], full_ids[:, :k]
-    return values, ids
-
-
-def _top_k_of_blocks(logits_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, ids) [n, k] unordered among equals, and [n]: whether an entry left out equals the k-th."""
-    num_blocks = logits_nV.shape[-1] // BLOCK
-    covered = num_blocks * BLOCK
-    blocks = logits_nV[:, :covered].reshape(-1, num_blocks, BLOCK)
-    maxima = blocks.amax(-1)
-    chosen_nk = maxima.topk(k, dim=-1).indices
-    searched = blocks.gather(1, chosen_nk[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
-    searched = torch.cat([searched, logits_nV[:, covered:]], dim=-1)
-    values, places = searched.topk(k, dim=-1)
-    in_blocks = places < k * BLOCK
-    block = chosen_nk.gather(1, torch.where(in_blocks, places // BLOCK, 0))
-    ids = torch.where(in_blocks, block * BLOCK + places % BLOCK, places - k * BLOCK + covered)
-    smallest = values[:, -1:]
-    unsearched = maxima.scatter_(1, chosen_nk, -torch.inf).amax(-1, keepdim=True)
-    ties_n = ((searched >= smallest).sum(-1) > k) | (unsearched >= smallest)[:, 0]
-    return values, ids, ties_n
-
-
-def _allocate(num_rows: int, options: ScoreOptions, candidates: Candidates | None, tokenizer_size: int) -> RowScores:
+def _allocate(
+    num_rows: int, options: ScoreOptions, candidates: Candidates | None, tokenizer_size: int, device: torch.device
+) -> RowScores:
     k = options.top_k
     columns = tokenizer_size if k == "all" else k
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
     return RowScores(
-        token_logprob=np.empty(num_rows, np.float32),
-        log_tail=np.empty(num_rows, np.float32),
-        topk_ids=None if k in ("all", 0) else np.empty((num_rows, columns), np.int32),
-        topk_logprob=None if k == 0 else np.empty((num_rows, columns), np.dtype(options.value_type)),
-        candidate_logprob=None if candidates is None else np.empty(len(candidates.ids), np.float32),
-        entropy=np.empty(num_rows, np.float32) if options.entropy else None,
-        rank=np.empty(num_rows, np.uint32) if options.rank else None,
-        bad=np.empty(num_rows, np.bool_),
+        token_logprob=empty(num_rows),
+        log_tail=empty(num_rows),
+        topk_ids=None if k in ("all", 0) else empty(num_rows, columns, dtype=torch.int32),
+        topk_logprob=None if k == 0 else empty(num_rows, columns, dtype=getattr(torch, options.value_type)),
+        candidate_logprob=None if candidates is None else empty(len(candidates.ids)),
+        entropy=empty(num_rows) if options.entropy else None,
+        rank=empty(num_rows, dtype=torch.int32) if options.rank else None,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _ChunkCandidates:
+class _Asked:
+    """Candidates of some rows, flat."""
+
     where: slice  # of Candidates.ids
-    rows: Tensor  # int64 [m], counted within the chunk
+    rows: Tensor  # int64 [m], counted within those rows
     ids: Tensor  # int64 [m]
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, candidates: Candidates | None, num_rows: int, device: torch.device) -> _Asked:
+        if candidates is None:
+            nothing = torch.empty(0, dtype=torch.int64, device=device)
+            return cls(slice(0, 0), nothing, nothing, np.zeros(num_rows + 1, np.int64))
+        offsets = candidates.row_offsets.astype(np.int64)
+        rows = torch.from_numpy(np.repeat(np.arange(num_rows), np.diff(offsets))).to(device)
+        ids = torch.from_numpy(candidates.ids.astype(np.int64)).to(device)
+        return cls(slice(0, len(ids)), rows, ids, offsets)
+
+    def slice(self, rows: slice) -> _Asked:
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        where = slice(int(offsets[0]), int(offsets[-1]))
+        return _Asked(where, self.rows[where] - rows.start, self.ids[where], offsets)
 
 
-def _chunk_candidates(candidates: Candidates, start: int, stop: int, device: torch.device) -> _ChunkCandidates:
-    offsets = candidates.row_offsets[start : stop + 1]
-    where = slice(int(offsets[0]), int(offsets[-1]))
-    rows = np.repeat(np.arange(stop - start, dtype=np.int64), np.diff(offsets))
-    ids = candidates.ids[where].astype(np.int64)
-    return _ChunkCandidates(where, torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device))
+def _pieces(
+    z_nW: Tensor, targets_n: Tensor, asked: _Asked, options: ScoreOptions, tokenizer_size: int, shard: Shard | None
+) -> Pieces:
+    """Takes `z_nW` as it is; the one other tensor of its size holds exp(z − top)."""
+    width, first = z_nW.shape[-1], 0 if shard is None else shard.first
+    num_blocks, known = width // BLOCK, min(max(tokenizer_size - first, 0), width)
+    block_max_nB = blocks_of(z_nW, num_blocks).amax(-1)
+    top_n = torch.cat([block_max_nB, z_nW[:, num_blocks * BLOCK :]], dim=-1).amax(-1)
+    exp_nW = (z_nW - top_n[:, None]).exp_()
+    sum_n = exp_nW.sum(-1)
+    token_n = _at(z_nW, torch.arange(len(z_nW), device=z_nW.device), targets_n - first)
+    mean_n = larger_n = None
+    if options.entropy:
+        from_top_nW = (z_nW - top_n[:, None]).clamp_min_(LOGPROB_FLOOR)  # 0 · −inf is no number
+        mean_n = from_top_nW.mul_(exp_nW).sum(-1, dtype=torch.float64).float() / sum_n
+    if options.rank:
+        everyones_n = token_n if shard is None else shard.token(token_n)
+        larger_n = (z_nW > everyones_n[:, None]).sum(-1)
+
+    topk_nK, ids_nK = z_nW[:, :0], targets_n[:, None][:, :0]
+    if options.top_k not in (0, "all") and known:
+        usable = block_max_nB[:, : known // BLOCK]
+        topk_nK, ids_nK = top_k_by_id(z_nW[:, :known], min(int(options.top_k), known), usable)
+    few = 0 if options.top_k == "all" else int(options.top_k) - topk_nK.shape[1]  # a narrow shard's
+    inside = _Inside(
+        known if options.top_k == "all" else 0,
+        ids_nK,
+        torch.cat([asked.rows, torch.arange(len(z_nW), device=z_nW.device)]),
+        torch.cat([asked.ids, targets_n]) - first,
+    )
+    return Pieces(
+        top=top_n,
+        lse=sum_n.log(),
+        token=token_n - top_n,
+        tail=_tail(z_nW, exp_nW, top_n, inside),
+        topk=pad(topk_nK - top_n[:, None], (0, few), value=-torch.inf),
+        topk_ids=pad(ids_nK + first, (0, few), value=-1),
+        candidates=_at(z_nW, asked.rows, asked.ids - first) - top_n[asked.rows],
+        mean=mean_n,
+        larger=larger_n,
+    )
 
 
-def _log_probabilities(head: Head, hidden_nH: Tensor, temperature: float) -> tuple[Tensor, npt.NDArray[np.bool_]]:
-    """(log softmax(head(h) / temperature) [n, W] in float32, freshly allocated; which rows have none [n])."""
-    logits_nW = head(hidden_nH).float()
-    # With the largest entry at 0 the subtraction of the logsumexp loses as little as float32 can.
-    logprob_nW = logits_nW - logits_nW.amax(-1, keepdim=True)
-    del logits_nW
-    if temperature != 1.0:
-        logprob_nW.div_(temperature)
-    lse_n1 = logprob_nW.logsumexp(-1, keepdim=True)
-    return logprob_nW.sub_(lse_n1), (~lse_n1[:, 0].isfinite()).cpu().numpy()
+def _at(z_nW: Tensor, rows_m: Tensor, columns_m: Tensor) -> Tensor:
+    """z[rows, columns]; −inf for columns that are not here."""
+    width = z_nW.shape[-1]
+    values = z_nW[rows_m, columns_m.clamp(0, width - 1)]
+    return torch.where((columns_m >= 0) & (columns_m < width), values, -torch.inf)
 
 
-def _score_chunk(
-    out: RowScores,
-    rows: slice,
-    logprob_nW: Tensor,
-    targets_n: Tensor,
-    chunk: _ChunkCandidates | None,
-    options: ScoreOptions,
-    tokenizer_size: int,
-) -> None:
-    """Fills `rows` of `out`; overwrites `logprob_nW`."""
-    known_nV = logprob_nW[:, :tokenizer_size]
-    token_n1 = logprob_nW.gather(1, targets_n[:, None])
-    out.token_logprob[rows] = _values(token_n1[:, 0])
-    if out.entropy is not None:
-        terms_nW = logprob_nW.exp().mul_(logprob_nW.clamp_min(LOGPROB_FLOOR))
-        out.entropy[rows] = -terms_nW.sum(-1, dtype=torch.float64).float().cpu().numpy()
-    if out.rank is not None:
-        out.rank[rows] = ((logprob_nW > token_n1).sum(-1) + 1).cpu().numpy()
-    if chunk is not None and out.candidate_logprob is not None:
-        out.candidate_logprob[chunk.where] = _values(logprob_nW[chunk.rows, chunk.ids])
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """Columns that the answer names, and the tail leaves out; those of other shards among them."""
 
-    if options.top_k == "all":
-        assert out.topk_logprob is not None
-        out.topk_logprob[rows] = _values(known_nV)
-        # The target and the candidates are among the ids: only columns no id has are left outside.
-        out.log_tail[rows] = _values(logprob_nW[:, tokenizer_size:].logsumexp(-1))
-        return
-    if options.top_k:
-        assert out.topk_logprob is not None
-        assert out.topk_ids is not None
-        values_nK, ids_nK = top_k_by_id(known_nV, options.top_k)
-        out.topk_logprob[rows] = _values(values_nK)
-        out.topk_ids[rows] = ids_nK.cpu().numpy()
-        logprob_nW.scatter_(1, ids_nK, -torch.inf)
-    if chunk is not None:
-        logprob_nW[chunk.rows, chunk.ids] = -torch.inf
-    logprob_nW.scatter_(1, targets_n[:, None], -torch.inf)
-    out.log_tail[rows] = _values(logprob_nW.logsumexp(-1))
+    whole: int  # the first so many columns of every row
+    topk_nK: Tensor
+    rows_m: Tensor
+    columns_m: Tensor
+
+    def fill_(self, values_nW: Tensor, value: float) -> Tensor:
+        here_m = (self.columns_m >= 0) & (self.columns_m < values_nW.shape[-1])
+        values_nW[:, : self.whole] = value
+        values_nW.scatter_(1, self.topk_nK, value)
+        values_nW[self.rows_m[here_m], self.columns_m[here_m]] = value
+        return values_nW
 
 
-def _values(logprob: Tensor) -> FloatArray:
-    values: FloatArray = logprob.clamp_min(LOGPROB_FLOOR).cpu().numpy()
-    return values
+def _tail(z_nW: Tensor, exp_nW: Tensor, top_n: Tensor, inside: _Inside) -> Tensor:
+    """logsumexp(z) − top over the columns outside; overwrites `exp_nW`."""
+    tail_n = inside.fill_(exp_nW, 0.0).sum(-1)
+    small_n = tail_n < SMALLEST_SUM
+    log_tail_n = tail_n.log()
+    if bool(small_n.any()):
+        rest_nW = inside.fill_(torch.sub(z_nW, top_n[:, None], out=exp_nW), -torch.inf)
+        log_tail_n[small_n] = rest_nW[small_n].logsumexp(-1)
+    return log_tail_n
+
+
+def _write(out: RowScores, rows: slice, asked: slice, asked_rows_m: Tensor, pieces: Pieces) -> None:
+    """log p = z − logsumexp(z), both from the row's largest z, where float32 is finest."""
+    lse_n, lse_n1 = pieces.lse, pieces.lse[:, None]
+    none_n = ~(pieces.top.isfinite() & lse_n.isfinite())
+    out.token_logprob[rows] = _values(pieces.token - lse_n).masked_fill_(none_n, torch.nan)
+    out.log_tail[rows] = _values(pieces.tail - lse_n)
+    if out.topk_ids is not None and out.topk_logprob is not None:
+        out.topk_ids[rows] = pieces.topk_ids.int()
+        out.topk_logprob[rows] = _values(pieces.topk - lse_n1)
+    if out.candidate_logprob is not None:
+        out.candidate_logprob[asked] = _values(pieces.candidates - lse_n[asked_rows_m])
+    if out.entropy is not None and pieces.mean is not None:
+        out.entropy[rows] = lse_n - pieces.mean
+    if out.rank is not None and pieces.larger is not None:
+        out.rank[rows] = pieces.larger.int() + 1
+
+
+def _values(logprob: Tensor) -> Tensor:
+    return logprob.clamp_min(LOGPROB_FLOOR)

@@ -14,8 +14,8 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -267,11 +267,17 @@ def _cut(
     """Splits the scores of joined rows back into the jobs they came from, withholding those that are not numbers."""
     answers: list[_Answer] = []
     at = _Cursor()
+    arrays = {
+        field.name: None if value is None else value.cpu().numpy()
+        for field in fields(scores)
+        for value in [getattr(scores, field.name)]
+    }
+    bad_N = scores.token_logprob.isnan().cpu().numpy()
     for job, num_computed in zip(jobs, computed, strict=True):
         rows = slice(at.row, at.row + len(job.positions))
         asked = slice(at.candidate, at.candidate + (len(job.candidates.ids) if job.candidates is not None else 0))
         at.row, at.candidate = rows.stop, asked.stop
-        bad = np.flatnonzero(scores.bad[rows])
+        bad = np.flatnonzero(bad_N[rows])
         if len(bad):
             answers.append(
                 InvalidBackendOutput(
@@ -280,20 +286,19 @@ def _cut(
                 )
             )
             continue
-        candidates = scores.candidate_logprob
+        own: dict[str, Any] = {
+            name: None if array is None else array[asked if name == "candidate_logprob" else rows]
+            for name, array in arrays.items()
+        }
+        if own["rank"] is not None:
+            own["rank"] = own["rank"].astype(np.uint32)
         answers.append(
             Scores(
                 id=job.id,
                 positions=job.positions,
-                token_logprob=scores.token_logprob[rows],
-                log_tail=scores.log_tail[rows],
-                topk_ids=None if scores.topk_ids is None else scores.topk_ids[rows],
-                topk_logprob=None if scores.topk_logprob is None else scores.topk_logprob[rows],
-                candidate_logprob=None if candidates is None else candidates[asked],
-                entropy=None if scores.entropy is None else scores.entropy[rows],
-                rank=None if scores.rank is None else scores.rank[rows],
                 hidden=None if states_NH is None else states_NH[rows],
                 computed_tokens=num_computed,
+                **own,
             )
         )
     return answers

@@ -1,7 +1,6 @@
 """What runs inside vLLM's own processes; vLLM calls `register` in each through the entry point vllm.general_plugins.
 
-Imports nothing of this package and nothing large: it is also loaded by vLLM engines that serve something else, and
-does nothing there.
+Imports nothing large: it is also loaded by vLLM engines that serve something else, and does nothing there.
 """
 
 from __future__ import annotations
@@ -18,10 +17,16 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def register() -> None:
-    """Ties an engine process to its parent: a teacher that is killed leaves no engine behind holding a GPU."""
+    """Makes our model classes known, and ties an engine process to its parent: a teacher that is killed leaves no
+    engine behind holding a GPU."""
     server = os.environ.get(SERVER_PID)
+    if server is None:
+        return
+    from teacher_server.vllm_plugin.models import register_all
+
+    register_all()
     parent = multiprocessing.parent_process()
-    if server is None or server == str(os.getpid()) or parent is None or sys.platform != "linux":
+    if server == str(os.getpid()) or parent is None or sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent.pid:  # it died before the line above

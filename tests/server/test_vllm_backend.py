@@ -1,4 +1,5 @@
-"""The vLLM backend over a real engine, against a float64 transformers forward of the same float32 checkpoint."""
+"""The prompt-logprobs path over a real engine, against a float64 transformers forward of the same float32 checkpoint;
+and the engine's life in the server, whatever the path."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tinymodels import save_tiny
 from transformers import AutoModelForCausalLM
+from vllm_jobs import answer, check, checkpoint_for_vllm, job, log_p, ragged, random_tokens, score
 
 from teacher_api.client import TeacherClient
 from teacher_api.errors import BackendFailed, TeacherError
-from teacher_api.types import LOGPROB_FLOOR, Candidates, Completion, ScoreOptions, ScoreRequest, Scores
+from teacher_api.types import Completion, ScoreOptions, ScoreRequest, Scores
 from teacher_server.backends.base import ScoreJob, ScoringBackend
 
 pytest.importorskip("vllm")
@@ -36,22 +37,13 @@ pytestmark = [
 
 VOCABULARY, WIDTH, POSITIONS = 120, 128, 96
 CHUNK = 40  # tokens of a prefill: longer sequences come in pieces
-TOLERANCE = 1e-4
 PORTS = ["--http-port=0", "--grpc-port=0"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # vLLM's attention on CPUs knows heads of 32 and more.
-    return save_tiny(
-        tmp_path_factory.mktemp("vllm") / "teacher",
-        "qwen3",
-        head_dim=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=POSITIONS,
-        scale=3.0,
-    )
+    path = tmp_path_factory.mktemp("vllm") / "teacher"
+    return checkpoint_for_vllm(path, num_key_value_heads=1, max_position_embeddings=POSITIONS)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +55,7 @@ def engine(checkpoint: Path, **settings: object) -> ScoringBackend:
     from teacher_server.backends.vllm_backend import VllmBackend
 
     arguments = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 27}
-    return VllmBackend(str(checkpoint), engine_args=arguments, **settings)  # type: ignore[arg-type]
+    return VllmBackend(str(checkpoint), scoring_path="prompt-logprobs", engine_args=arguments, **settings)  # type: ignore[arg-type]
 
 
 def test_a_hub_token_is_no_engine_argument() -> None:
@@ -82,78 +74,11 @@ def full_rows(checkpoint: Path) -> Iterator[ScoringBackend]:
     asyncio.run(backend.close())
 
 
-def job(tokens: np.ndarray, positions: object = None, **settings: object) -> ScoreJob:
-    candidates = settings.pop("candidates", None)
-    chosen = np.arange(1, len(tokens)) if positions is None else np.asarray(positions)
-    return ScoreJob(
-        id=f"{len(tokens)} tokens",
-        token_ids=tokens.astype(np.int32),
-        prompt_tokens=0,
-        positions=chosen.astype(np.int32),
-        options=ScoreOptions(**settings),  # type: ignore[arg-type]
-        candidates=candidates,  # type: ignore[arg-type]
-    )
-
-
-def random_tokens(seed: int, length: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCABULARY, length)
-
-
-@torch.inference_mode()
-def log_p(reference: torch.nn.Module, asked: ScoreJob) -> np.ndarray:
-    """log p [N, W] in float64, over all columns, at the job's temperature."""
-    logits = reference(torch.tensor(asked.token_ids[None].astype(np.int64))).logits[0]
-    return (logits / asked.options.temperature).log_softmax(-1)[asked.positions - 1].numpy()
-
-
-def answer(result: Scores | TeacherError) -> Scores:
-    assert isinstance(result, Scores), result
-    return result
-
-
-def score(backend: ScoringBackend, *jobs: ScoreJob) -> list[Scores]:
-    async def all_at_once() -> list[list[Scores | TeacherError]]:
-        return await asyncio.gather(*(backend.score([one]) for one in jobs))
-
-    return [answer(results[0]) for results in asyncio.run(all_at_once())]
-
-
-def check(asked: ScoreJob, scores: Scores, expected_NW: np.ndarray, tail_tolerance: float = TOLERANCE) -> None:
-    rows = np.arange(len(asked.positions))
-    tokens = asked.token_ids[asked.positions]
-    outside = np.ones_like(expected_NW, dtype=bool)
-    outside[rows, tokens] = False
-    assert scores.positions.tolist() == asked.positions.tolist()
-    np.testing.assert_allclose(scores.token_logprob, expected_NW[rows, tokens], atol=TOLERANCE)
-    k = asked.options.top_k
-    if k == "all":
-        assert scores.topk_ids is None
-        np.testing.assert_allclose(scores.topk_logprob, expected_NW[:, :VOCABULARY], atol=TOLERANCE)
-        outside[:, :VOCABULARY] = False
-    elif k:
-        assert scores.topk_ids is not None
-        assert scores.topk_ids.shape == (len(rows), k)
-        assert scores.topk_ids.max() < VOCABULARY
-        assert all(len(set(row)) == k for row in scores.topk_ids.tolist())
-        best = -np.sort(-expected_NW[:, :VOCABULARY], axis=1)[:, :k]
-        np.testing.assert_allclose(scores.topk_logprob, best, atol=TOLERANCE)
-        own = np.take_along_axis(expected_NW, scores.topk_ids.astype(np.int64), axis=1)
-        np.testing.assert_allclose(scores.topk_logprob, own, atol=TOLERANCE)
-        outside[rows[:, None], scores.topk_ids] = False
-    if asked.candidates is not None:
-        row_of = np.repeat(rows, np.diff(asked.candidates.row_offsets))
-        np.testing.assert_allclose(scores.candidate_logprob, expected_NW[row_of, asked.candidates.ids], atol=TOLERANCE)
-        outside[row_of, asked.candidates.ids] = False
-    with np.errstate(divide="ignore"):
-        tail = np.maximum(np.log(np.where(outside, np.exp(expected_NW), 0).sum(axis=1)), LOGPROB_FLOOR)
-    np.testing.assert_allclose(scores.log_tail, tail, atol=tail_tolerance)
-
-
 def test_says_what_it_is(full_rows: ScoringBackend, checkpoint: Path) -> None:
-    facts = full_rows._plan.facts  # type: ignore[attr-defined]
+    facts = full_rows._facts  # type: ignore[attr-defined]
     assert (facts.tokenizer_size, facts.logit_width, facts.max_sequence_tokens) == (VOCABULARY, WIDTH, POSITIONS)
     assert (facts.dtype, facts.hidden_size, facts.engine) == ("float32", 32, "vllm")
-    assert facts.scoring_path.startswith("prompt_logprobs full-row")
+    assert facts.scoring_path.startswith("prompt-logprobs full-row")
     assert {"candidates", "temperature", "full_vocabulary", "entropy", "rank", "exact_tail"} <= full_rows.features
     assert "hidden" not in full_rows.features
     policy = full_rows.policy
@@ -169,42 +94,34 @@ def test_lengths_from_2_to_the_longest_at_once(
     ks = [0, 1, 16, VOCABULARY, "all", 4, 64, 16, 5]
     jobs = []
     for seed, (length, k) in enumerate(zip(lengths, ks, strict=True)):
-        ragged = Candidates.from_rows([random_tokens(100 + n, n % 4) for n in range(length - 1)])
         jobs.append(
             job(
-                random_tokens(seed, length),
+                random_tokens(seed, length, VOCABULARY),
                 top_k=k,
                 temperature=temperature,
                 entropy=True,
                 rank=True,
-                candidates=ragged,
+                candidates=ragged(100, length - 1, VOCABULARY),
             )
         )
     for asked, scores in zip(jobs, score(full_rows, *jobs), strict=True):
-        expected = log_p(reference, asked)
-        check(asked, scores, expected)
-        entropy = -(np.exp(expected) * expected).sum(axis=1)
-        np.testing.assert_allclose(scores.entropy, entropy, atol=TOLERANCE)
-        own = expected[np.arange(len(expected)), asked.token_ids[asked.positions]][:, None]
-        assert scores.rank is not None
-        assert (scores.rank >= 1 + (expected > own + TOLERANCE).sum(axis=1)).all()
-        assert (scores.rank <= 1 + (expected > own - TOLERANCE).sum(axis=1)).all()
+        check(asked, scores, log_p(reference, asked), VOCABULARY)
 
 
 def test_ranges_with_holes(full_rows: ScoringBackend, reference: torch.nn.Module) -> None:
-    asked = job(random_tokens(7, 80), positions=[1, 2, 39, 40, 41, 60], top_k=3)
+    asked = job(random_tokens(7, 80, VOCABULARY), positions=[1, 2, 39, 40, 41, 60], top_k=3)
     (scores,) = score(full_rows, asked)
-    check(asked, scores, log_p(reference, asked))
+    check(asked, scores, log_p(reference, asked), VOCABULARY)
 
 
 def test_many_at_once_are_not_mixed_up(full_rows: ScoringBackend, reference: torch.nn.Module) -> None:
-    jobs = [job(random_tokens(seed, 5 + seed % 50), top_k=2) for seed in range(60)]
+    jobs = [job(random_tokens(seed, 5 + seed % 50, VOCABULARY), top_k=2) for seed in range(60)]
     for asked, scores in zip(jobs, score(full_rows, *jobs), strict=True):
-        check(asked, scores, log_p(reference, asked))
+        check(asked, scores, log_p(reference, asked), VOCABULARY)
 
 
 def test_too_long_a_sequence_fails_alone(full_rows: ScoringBackend) -> None:
-    good, long = job(random_tokens(1, 10)), job(random_tokens(2, POSITIONS + 1))
+    good, long = job(random_tokens(1, 10, VOCABULARY)), job(random_tokens(2, POSITIONS + 1, VOCABULARY))
     results = asyncio.run(full_rows.score([good, long]))
     assert isinstance(results[0], Scores)
     assert isinstance(results[1], TeacherError)
@@ -213,16 +130,16 @@ def test_too_long_a_sequence_fails_alone(full_rows: ScoringBackend) -> None:
 
 def test_a_cancelled_call_leaves_the_engine_usable(full_rows: ScoringBackend, reference: torch.nn.Module) -> None:
     async def cancelled() -> None:
-        work = asyncio.gather(*(full_rows.score([job(random_tokens(n, POSITIONS))]) for n in range(30)))
+        work = asyncio.gather(*(full_rows.score([job(random_tokens(n, POSITIONS, VOCABULARY))]) for n in range(30)))
         await asyncio.sleep(0)
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
             await work
 
     asyncio.run(cancelled())
-    asked = job(random_tokens(3, 12))
+    asked = job(random_tokens(3, 12, VOCABULARY))
     (scores,) = score(full_rows, asked)
-    check(asked, scores, log_p(reference, asked))
+    check(asked, scores, log_p(reference, asked), VOCABULARY)
 
 
 def test_top_k_path_then_the_engine_is_killed_and_revived(checkpoint: Path, reference: torch.nn.Module) -> None:
@@ -230,17 +147,16 @@ def test_top_k_path_then_the_engine_is_killed_and_revived(checkpoint: Path, refe
     backend = engine(checkpoint, full_row_limit=0, max_top_k=64, max_sequence_tokens=60)
     facts = backend.load()
     try:
-        assert facts.scoring_path.startswith("prompt_logprobs top-k")
+        assert facts.scoring_path.startswith("prompt-logprobs top-k")
         assert facts.max_sequence_tokens == 60
         assert backend.features == {"top_k", "float16"}
-        jobs = [job(random_tokens(n, 2 + n), top_k=k) for n, k in enumerate([0, 1, 4, 16, 64, 64])]
-        jobs.append(job(random_tokens(9, 60), top_k=16))
+        jobs = [job(random_tokens(n, 2 + n, VOCABULARY), top_k=k) for n, k in enumerate([0, 1, 4, 16, 64, 64])]
+        jobs.append(job(random_tokens(9, 60, VOCABULARY), top_k=16))
         jobs.append(replace(jobs[-1], options=ScoreOptions(top_k=16, value_type="float16")))
         results = score(backend, *jobs)
         for asked, scores in zip(jobs[:-1], results[:-1], strict=True):
             # The tail is 1 minus the rest: exact to some 1e-6 of mass, and here no tail is below 1e-3.
-            expected = log_p(reference, asked)
-            check(asked, scores, expected, tail_tolerance=2e-3)
+            check(asked, scores, log_p(reference, asked), VOCABULARY, tail_tolerance=2e-3)
         assert results[-1].topk_logprob is not None
         assert results[-1].topk_logprob.dtype == np.float16
         np.testing.assert_allclose(results[-1].topk_logprob, results[-2].topk_logprob, rtol=2**-11)
@@ -279,7 +195,7 @@ def _is_engine(process: psutil.Process) -> bool:
 
 
 def _kill_the_engine(backend: ScoringBackend) -> None:
-    (process,) = backend._engine.engine_core.resources.engine_manager.processes  # type: ignore[attr-defined]
+    (process,) = backend._host._engine.engine_core.resources.engine_manager.processes  # type: ignore[attr-defined]
     os.kill(process.pid, signal.SIGKILL)
     process.join(30)
 
@@ -307,12 +223,12 @@ def test_a_killed_server_leaves_no_engine_behind(checkpoint: Path, reference: to
             time.sleep(0.2)
         engines = [child for child in psutil.Process(server.pid).children(recursive=True) if _is_engine(child)]
         assert engines
-        asked = job(random_tokens(4, 50), top_k=8)
+        asked = job(random_tokens(4, 50, VOCABULARY), top_k=8)
         with TeacherClient(json.loads(announced.read_text())["grpc_url"]) as client:
             assert client.info().engine == "vllm"
             completion = Completion(id="a", token_ids=asked.token_ids)
             (scores,) = client.score(ScoreRequest([completion], options=asked.options))
-        check(asked, scores, log_p(reference, asked))
+        check(asked, scores, log_p(reference, asked), VOCABULARY)
     finally:
         server.kill()
         server.wait()

@@ -1,0 +1,175 @@
+"""A vLLM engine and the event loop it lives on: started, asked, started again after it died, stopped.
+
+The engine runs in processes of its own; its front end runs on an event loop in a thread of its own, because a backend
+is loaded in a thread without one and because building the front end blocks for the whole start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from teacher_api.errors import BackendFailed, InvalidRequest
+from teacher_server.vllm_plugin import SERVER_PID
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_S = 10.0
+RETRY_AFTER_DEATH_S = 10.0  # a start takes about this long and longer
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # the checkpoint is on disk by then; the engine's processes have nothing to fetch
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # gRPC's threads do not survive a fork
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout carries the ready line
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+"""Set at load, for this process and those it starts, where the environment says nothing else."""
+
+Answer = TypeVar("Answer")
+Ask = Callable[[Any, str], AsyncIterator[Any]]
+"""Of (vLLM's AsyncLLM, request id): the outputs of one request."""
+
+
+def prepare_environment() -> None:
+    """Before vLLM is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ[SERVER_PID] = str(os.getpid())
+
+
+class EngineHost:
+    """One engine at a time. `run`, `is_up` and `require_up` are for the server's event loop, `last_output` for the
+    engine's."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None  # vllm's AsyncLLM
+        self._arguments: Any = None  # vllm.AsyncEngineArgs
+        self._loop = asyncio.new_event_loop()
+        self._thread: threading.Thread | None = None
+        self._revival: concurrent.futures.Future[None] | None = None
+        self._revive_from = 0.0  # by the monotonic clock: no start before, for the last one failed
+        self._request_ids = itertools.count()
+
+    def start(self, arguments: Any) -> None:
+        """Blocks until the engine is up, or raises ValueError of one line."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-front-end", daemon=True)
+            self._thread.start()
+        self._arguments = arguments
+        self.run_blocking(self._start())
+
+    def stop(self) -> None:
+        """Stops the engine; another may be started."""
+        if self._revival is not None:
+            concurrent.futures.wait([self._revival])
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.shutdown(timeout=SHUTDOWN_S)
+
+    def close(self) -> None:
+        """Stops the engine and the loop. Idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self.stop()
+        with contextlib.suppress(TimeoutError):  # a task that does not end is left to the thread, a daemon
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(SHUTDOWN_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        thread.join(SHUTDOWN_S)
+        if not thread.is_alive():
+            self._loop.close()
+
+    def run_blocking(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """For threads without an event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """Runs `work` on the engine's loop; cancelling this cancels the work, which aborts the engine's requests."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def is_dead(self) -> bool:
+        return self._is_reviving() or self._engine is None or bool(self._engine.errored)
+
+    def is_up(self) -> bool:
+        """Whether it can be asked; a dead engine is started again, once at a time, after a failed start not at once."""
+        if self._thread is None or self._engine is None:
+            return False
+        if self.is_dead():
+            self._revive()
+            return False
+        return True
+
+    def require_up(self) -> None:
+        """Raises BackendFailed where the engine cannot be asked."""
+        if self.is_up():
+            return
+        if self._engine is None:
+            raise BackendFailed("the vLLM engine is not running")
+        raise BackendFailed("the vLLM engine died and is being started again", retry_after_s=RETRY_AFTER_DEATH_S)
+
+    async def last_output(self, sequence: str, ask: Ask) -> Any:
+        """The last output of one request about the sequence of this id.
+
+        Raises:
+            BackendFailed: the engine failed, or died. InvalidRequest: it refused the request.
+        """
+        from vllm.exceptions import VLLMClientError, VLLMServerError
+
+        output = None
+        try:
+            async for answer in ask(self._engine, f"score-{next(self._request_ids)}"):
+                output = answer
+        except VLLMServerError as error:
+            state = "died" if self.is_dead() else "failed"
+            raise BackendFailed(f"the vLLM engine {state} on sequence {sequence!r}: {one_line(error)}") from error
+        except (VLLMClientError, ValueError) as error:
+            raise InvalidRequest(f"vLLM refused sequence {sequence!r}: {one_line(error)}") from error
+        return output
+
+    async def _start(self) -> None:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            self._engine = AsyncLLM.from_engine_args(self._arguments)
+        except (RuntimeError, ValueError, OSError, NotImplementedError, AssertionError) as error:
+            raise ValueError(
+                f"vLLM could not start with {self._arguments.model!r}: {one_line(error)}; the cause is in its log above"
+            ) from error
+
+    def _is_reviving(self) -> bool:
+        return self._revival is not None and not self._revival.done()
+
+    def _revive(self) -> None:
+        if self._is_reviving() or not self._engine.errored:  # a start may have ended since the caller looked
+            return
+        if time.monotonic() >= self._revive_from:
+            logger.error("the vLLM engine died; starting it again")
+            self._revival = asyncio.run_coroutine_threadsafe(self._restart(), self._loop)
+
+    async def _restart(self) -> None:
+        try:
+            await asyncio.to_thread(self._engine.shutdown, timeout=SHUTDOWN_S)
+            await self._start()
+        except Exception as error:  # the boundary to foreign code: whatever went wrong, it is tried again
+            self._revive_from = time.monotonic() + RETRY_AFTER_DEATH_S
+            logger.error("%s; trying again in %g s", error, RETRY_AFTER_DEATH_S)
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}"
