@@ -358,6 +358,7 @@ def test_refusals_of_ranks_are_one_line(more, code, words, train, place, capfd, 
 
 def test_a_launchers_number_of_processes_is_not_argued_with(train, capfd, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)  # vLLM's engine leaves it where one was started before
     code, run_dir = train("train.num_processes=3")
     assert code == 2
     assert "train.num_processes: got 3, but the launcher started 2" in capfd.readouterr().err
