@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class Entries:
     ranks: Ints  # [E]
     row_of: Ints  # [E]
     starts: list[int]  # [N + 1]
+    context: Callable[[int], tuple[int, ...]]  # of a row: tokens before it, as far as its strings may need them
 
     @classmethod
     def of(
@@ -62,6 +63,7 @@ class Entries:
         rank_N: npt.NDArray[Any],
         top_NK: npt.NDArray[Any],
         top_logprob_NK: npt.NDArray[Any],
+        context: Callable[[int], tuple[int, ...]],
     ) -> Entries:
         same_NK = top_NK == own_N[:, None]
         inside_N = same_NK.any(axis=1)
@@ -77,7 +79,13 @@ class Entries:
             ranks=np.concatenate([rank_N[:, None], ranks], axis=1)[keep].astype(np.int64),
             row_of=np.repeat(np.arange(len(own_N)), counts),
             starts=[0, *np.cumsum(counts).tolist()],
+            context=context,
         )
+
+    @property
+    def bounds(self) -> Iterator[tuple[int, int]]:
+        """Where the entries of each row begin and end."""
+        return zip(self.starts[:-1], self.starts[1:], strict=True)
 
 
 class Answer:
@@ -173,51 +181,49 @@ class Answer:
         if asked.logprobs is None:
             yield "null"
             return
-        tokens: list[str] = []
-        own: list[float | None] = []
-        tops: list[str] = []
-        if asked.echo:
-            tokens.append(
-                f"token_id:{one.ids[0]}" if asked.return_tokens_as_token_ids else self._texts.alone(int(one.ids[0]))
-            )
-            own.append(None)
-            tops.append("null")
-            for part in self._prompt_slabs(one):
-                self._tell(one, part, asked.prompt_k or 0, tokens, own, tops)
-        if new:
-            last = len(one.scores.positions) - 1 if one.scores is not None else 0
-            self._tell(one, slice(last, last + 1), asked.logprobs, tokens, own, tops, new=new[0])
+        first = int(one.ids[0])
+        tokens = [f"token_id:{first}" if asked.return_tokens_as_token_ids else self._texts.alone(first)]
+        own: list[float | None] = [None]
+        for told in self._text_rows(one, new, with_top=False):
+            tokens += self._names(told)
+            own += told.logprobs.tolist()
+        if not asked.echo:
+            del tokens[0], own[0]
         offsets = np.cumsum([0, *map(len, tokens[:-1])]).tolist() if tokens else []
         yield f'{{"text_offset":{_dumps(offsets)},"token_logprobs":{_dumps(own)}'
         yield f',"tokens":{_dumps(tokens)},"top_logprobs":['
-        for start in range(0, len(tops), SLAB_ENTRIES):
-            yield ("," if start else "") + ",".join(tops[start : start + SLAB_ENTRIES])
+        comma = ""
+        if asked.echo:
+            yield "null"
+            comma = ","
+        for told in self._text_rows(one, new, with_top=True):
+            yield comma + self._tops(told)
+            comma = ","
         yield "]}"
 
-    def _tell(
-        self,
-        one: Scored,
-        rows: slice,
-        k: int,
-        tokens: list[str],
-        own: list[float | None],
-        tops: list[str],
-        new: int | None = None,
-    ) -> None:
-        """Appends what `logprobs` says of some rows."""
-        entries, contexts = self._entries(one, rows, k, new)
+    def _text_rows(self, one: Scored, new: list[int], *, with_top: bool) -> Iterator[Entries]:
+        """What `logprobs` tells of, some rows at a time."""
+        asked = self._asked
+        if asked.echo:
+            for part in self._prompt_slabs(one):
+                yield self._of_prompt(one, part, (asked.prompt_k or 0) if with_top else 0)
+        if new:
+            yield self._of_next(one, new[0], (asked.logprobs or 0) if with_top else 0)
+
+    def _names(self, told: Entries) -> list[str]:
         if self._asked.return_tokens_as_token_ids:
-            strings = [f"token_id:{token}" for token in entries.ids.tolist()]
-        else:
-            strings = self._texts.in_rows(entries.ids, entries.row_of, contexts, as_json=False)
-        values = entries.logprobs.tolist()
-        limit = self._info.tokenizer_size if self._asked.logprobs == -1 else (self._asked.logprobs or 0) + 1
-        for start, stop in zip(entries.starts[:-1], entries.starts[1:], strict=True):
+            return [f"token_id:{token}" for token in told.ids.tolist()]
+        return self._texts.in_rows(told.ids, told.row_of, told.context, as_json=False)
+
+    def _tops(self, told: Entries) -> str:
+        """One object a row. Made as a dict, for different ids may have one string."""
+        names, values = self._names(told), told.logprobs.tolist()
+        limit = 1 + self._columns(self._asked.logprobs or 0)
+        rows = []
+        for start, stop in told.bounds:
             stop = min(stop, start + limit)
-            tokens.append(strings[start])
-            own.append(values[start])
-            # A dict, for different ids may have one string.
-            tops.append(_dumps(dict(zip(strings[start:stop], values[start:stop], strict=True))))
+            rows.append(dict(zip(names[start:stop], values[start:stop], strict=True)))
+        return _dumps(rows)[1:-1]
 
     def _prompt_logprobs(self, one: Scored) -> Iterator[str]:
         k = self._asked.prompt_k
@@ -227,16 +233,15 @@ class Answer:
             return
         yield "[null"
         for part in self._prompt_slabs(one):
-            entries, contexts = self._entries(one, part, k, None)
-            strings = self._texts.in_rows(entries.ids, entries.row_of, contexts, as_json=True)
-            told = [
+            told = self._of_prompt(one, part, k)
+            strings = self._texts.in_rows(told.ids, told.row_of, told.context, as_json=True)
+            texts = [
                 f'"{token}":{{"logprob":{value},"rank":{rank},"decoded_token":{string}}}'
                 for token, value, rank, string in zip(
-                    entries.ids.tolist(), entries.logprobs.tolist(), entries.ranks.tolist(), strings, strict=True
+                    told.ids.tolist(), told.logprobs.tolist(), told.ranks.tolist(), strings, strict=True
                 )
             ]
-            bounds = zip(entries.starts[:-1], entries.starts[1:], strict=True)
-            yield "".join(f",{{{','.join(told[start:stop])}}}" for start, stop in bounds)
+            yield "".join(f",{{{','.join(texts[start:stop])}}}" for start, stop in told.bounds)
         yield "]"
 
     def _prompt_slabs(self, one: Scored) -> Iterator[slice]:
@@ -251,23 +256,33 @@ class Answer:
     def _columns(self, k: int) -> int:
         return self._info.tokenizer_size if k == -1 else k
 
-    def _entries(self, one: Scored, rows: slice, k: int, new: int | None) -> tuple[Entries, list[tuple[int, ...]]]:
-        """Of `rows`, and the tokens before each that vLLM knows then: the prompt's but its first; none for `new`."""
+    def _of_prompt(self, one: Scored, rows: slice, k: int) -> Entries:
         scores = one.scores
         assert scores is not None, "rows were scored"
-        columns = self._columns(k)
-        if scores.topk_ids is None or scores.topk_logprob is None:
-            num_rows = rows.stop - rows.start
-            top_NK: Any = np.zeros((num_rows, 0), np.int32)
-            top_logprob_NK: Any = np.zeros((num_rows, 0), np.float32)
-        else:
-            top_NK, top_logprob_NK = scores.topk_ids[rows, :columns], scores.topk_logprob[rows, :columns]
-        if new is not None:  # the row's own token is one that the caller never sent, and is not told of
-            assert scores.topk_logprob is not None, "the next token is a row's most likely one"
-            own = Entries.of(np.array([new]), scores.topk_logprob[rows, 0], np.ones(1, int), top_NK, top_logprob_NK)
-            return own, [()]
         positions = scores.positions[rows]
-        ranks = np.zeros(len(positions), int) if scores.rank is None else scores.rank[rows]
-        entries = Entries.of(one.ids[positions], scores.token_logprob[rows], ranks, top_NK, top_logprob_NK)
-        contexts = [tuple(one.ids[max(1, at - CONTEXT) : at].tolist()) for at in positions.tolist()]
-        return entries, contexts
+        ranks = np.zeros(len(positions), np.uint32) if scores.rank is None else scores.rank[rows]
+
+        def context(row: int) -> tuple[int, ...]:
+            at = int(positions[row])
+            return tuple(one.ids[max(1, at - CONTEXT) : at].tolist())  # as in vLLM without the first token
+
+        top_NK, top_logprob_NK = self._top(scores, rows, k)
+        return Entries.of(one.ids[positions], scores.token_logprob[rows], ranks, top_NK, top_logprob_NK, context)
+
+    def _of_next(self, one: Scored, token: int, k: int) -> Entries:
+        """Of the row behind the prompt, whose own token is one that the caller never sent: it is not told."""
+        scores = one.scores
+        assert scores is not None, "a row after the prompt was scored"
+        last = slice(len(scores.positions) - 1, None)
+        _, logprob_11 = self._top(scores, last, 1)
+        top_1K, top_logprob_1K = self._top(scores, last, k)
+        return Entries.of(
+            np.array([token]), logprob_11[:, 0], np.ones(1, np.uint32), top_1K, top_logprob_1K, lambda _: ()
+        )
+
+    def _top(self, scores: Scores, rows: slice, k: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        if scores.topk_ids is None or scores.topk_logprob is None:
+            num_rows = len(scores.positions[rows])
+            return np.zeros((num_rows, 0), np.int32), np.zeros((num_rows, 0), np.float32)
+        columns = self._columns(k)
+        return scores.topk_ids[rows, :columns], scores.topk_logprob[rows, :columns]

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Texts:
     def __init__(self, tokenizer: Any, size: int, stop_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._lock = threading.RLock()
-        self._strings: list[str | None] = [None] * size
+        self._strings: list[str] = [""] * size
         self._json: list[str] = [""] * size
         self._known = np.zeros(size, dtype=bool)
         self._broken = np.zeros(size, dtype=bool)
@@ -91,24 +91,29 @@ class Texts:
         return f"token_id:{token}" if self._tokenizer is None else self._decode([token])
 
     def in_rows(
-        self, ids: npt.NDArray[Any], row_of: npt.NDArray[Any], contexts: Sequence[tuple[int, ...]], *, as_json: bool
+        self,
+        ids: npt.NDArray[np.int64],
+        row_of: npt.NDArray[np.int64],
+        context: Callable[[int], tuple[int, ...]],
+        *,
+        as_json: bool,
     ) -> list[str]:
         """The string of each of `ids`, as it is or as JSON.
 
         Args:
             ids: [E], all below `size`.
             row_of: [E], the row that each belongs to.
-            contexts: up to CONTEXT tokens before each row.
+            context: up to CONTEXT tokens before a row.
         """
         self._learn(ids)
         table = self._json if as_json else self._strings
-        strings: list[Any] = list(map(table.__getitem__, ids.tolist()))
+        strings = list(map(table.__getitem__, ids.tolist()))
         for at in np.flatnonzero(self._broken[ids]).tolist():
-            told = self._corrected(int(ids[at]), contexts[row_of[at]])
+            told = self._corrected(int(ids[at]), context(int(row_of[at])))
             strings[at] = json.dumps(told) if as_json else told
         return strings
 
-    def _learn(self, ids: npt.NDArray[Any]) -> None:
+    def _learn(self, ids: npt.NDArray[np.int64]) -> None:
         new = np.unique(ids[~self._known[ids]]).tolist()
         if not new:
             return
