@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch  # noqa: E402
-from openai_reference import assert_alike, vllm_answer  # noqa: E402
-from serving import Server, serving  # noqa: E402
-from tinymodels import save_tiny  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from openai_reference import assert_alike, vllm_answer
+from serving import Server, serving
+from tinymodels import save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from teacher_server.openai_models import NEUTRAL, CompletionRequest  # noqa: E402
+from teacher_server.openai_models import NEUTRAL, CompletionRequest
 
 SIZE = 320  # of the vocabulary: all bytes, so that single tokens end within a character
 IDS = [[5, 6, 7, 300, 41, 9], [200, 201, 202, 203], [17]]
