@@ -68,7 +68,7 @@ def scoring(
         completions=[Completion(str(i), tokens) for i, tokens in enumerate(sequences)],
         options=ScoreOptions(top_k=options.top_k),
     )
-    body = {
+    body: dict[str, object] = {
         "completions": [{"token_ids": tokens.tolist()} for tokens in sequences],
         "options": {"top_k": options.top_k},
     }

@@ -5,9 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+INITIAL_STD = 0.02  # of transformers' random embeddings
 
-def make(path: Path, *, vocabulary: int, hidden: int, layers: int, seed: int = 0) -> Path:
-    """A Qwen3 model with tied embeddings and a tokenizer of `vocabulary` entries under `path`."""
+
+def make(
+    path: Path,
+    *,
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    seed: int = 0,
+    intermediate: int | None = None,
+    dtype: str = "float32",
+    logit_std: float | None = None,
+) -> Path:
+    """A Qwen3 model with tied embeddings and a tokenizer of `vocabulary` entries under `path`.
+
+    Args:
+        intermediate: width of the MLPs; twice `hidden` if not given.
+        logit_std: spread of the logits in nats, set by the weight of the last norm. Fresh models have a spread of
+            0.02 * sqrt(hidden) and so are almost uniform.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -15,7 +33,7 @@ def make(path: Path, *, vocabulary: int, hidden: int, layers: int, seed: int = 0
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        intermediate_size=intermediate or 2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=max(1, hidden // 64),
         num_key_value_heads=max(1, hidden // 128),
@@ -25,7 +43,10 @@ def make(path: Path, *, vocabulary: int, hidden: int, layers: int, seed: int = 0
         eos_token_id=1,
         pad_token_id=0,
     )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    model = Qwen3ForCausalLM(config)
+    if logit_std is not None:
+        torch.nn.init.constant_(model.model.norm.weight, logit_std / (INITIAL_STD * hidden**0.5))
+    model.to(getattr(torch, dtype)).save_pretrained(path)
     _tokenizer(vocabulary).save_pretrained(path)
     return path
 
