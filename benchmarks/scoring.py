@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -202,6 +203,7 @@ def measure(model: Model, sizes: Sizes, repeats: int, scratch: Path) -> dict[str
     )
     taken: dict[Cell, list[Taken]] = defaultdict(list)
     with systems(model, directory, scratch) as bench:
+        print("started", file=sys.stderr)
         random = np.random.Generator(np.random.Philox(1))
         bench.choose(replace(sizes, sequences=max(2, sizes.sequences // 2)), random)
         for number in range(repeats):
@@ -233,6 +235,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=0, help="rounds; 0: 5 of the small model, 3 of the large one")
     parser.add_argument("--quick", action="store_true", help="a few short sequences, one round: does it work at all")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that was started is stopped
     cores = processes.engine_cores()
     os.environ.update(
         ENVIRONMENT,

@@ -293,6 +293,9 @@ class Limit:
         config = self._llm.llm_engine.model_config
         self._shape = (config.get_hidden_size(), config.get_vocab_size())
 
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
     def prefill_s(self, work: Work) -> float:
         from vllm import SamplingParams
 
