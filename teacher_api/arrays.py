@@ -25,6 +25,7 @@ _ITEM_BYTES = {
     pb.DTYPE_BFLOAT16: 2,
     pb.DTYPE_FLOAT32: 4,
 }
+_FLOAT16_EXPONENT = np.uint16(0x7C00)
 UNSIGNED = (pb.DTYPE_UINT16, pb.DTYPE_UINT24, pb.DTYPE_UINT32)
 
 
@@ -116,7 +117,14 @@ def decode_float(message: pb.Array, *, dtypes: Collection[int], ndim: int) -> np
         values = bits.view("<f4").astype(np.float32, copy=False)
     else:
         values = np.frombuffer(message.data, "<f4").astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
+    if not all_finite(values):
         where = int(np.argmin(np.isfinite(values)))
         raise ValueError(f"value {values[where]} at [{where}] is not finite")
     return values.reshape(shape)
+
+
+def all_finite(values: npt.NDArray[np.floating]) -> bool:
+    """Whether no value is NaN or infinite. float16 is judged by its bits: numpy has no fast arithmetic on it."""
+    if values.dtype == np.float16:
+        return not bool(((values.view(np.uint16) & _FLOAT16_EXPONENT) == _FLOAT16_EXPONENT).any())
+    return bool(np.isfinite(values).all())

@@ -279,6 +279,9 @@ class Assembler:
             if until > length:
                 raise ValueError(f"{name} has {until} values; expected {length}")
             if start == 0:
+                if until == length and values.flags.writeable:  # all there is, and nobody else's
+                    self._arrays[name] = values
+                    continue
                 self._arrays[name] = np.empty((length, *values.shape[1:]), values.dtype)
             whole = self._arrays.get(name)
             if whole is None or whole.shape[1:] != values.shape[1:] or whole.dtype != values.dtype:

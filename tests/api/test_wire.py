@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_api import arrays, errors, wire
-from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, scored_positions
+from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, Scores, scored_positions
 from teacher_api.v1 import teacher_pb2 as pb
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -118,6 +118,47 @@ def test_ids_are_as_narrow_as_they_can_be(high, width):
     assert len(message.data) == 4 * width
     assert int.from_bytes(message.data[2 * width : 3 * width], "little") == high
     np.testing.assert_array_equal(arrays.decode_unsigned(message, ndim=2), values)
+
+
+@pytest.mark.parametrize(("vocabulary", "most"), [(32_000, 280), (151_936, 350)])
+def test_64_of_a_large_vocabulary_take_few_bytes_a_row(vocabulary, most):
+    rows, top_k = 511, 64
+    random = np.random.default_rng(0)
+    ranked = np.argsort(random.random((rows, 4 * top_k)), axis=1)[:, :top_k] + vocabulary - 4 * top_k
+    values = -np.sort(random.uniform(0.1, 12, (rows, top_k))).astype(np.float16)
+    request = ScoreRequest(
+        [Completion("a completion's id", random.integers(0, vocabulary, rows + 1).astype(np.int32))],
+        options=ScoreOptions(top_k=top_k, value_type="float16"),
+    )
+    question = wire.question(request, request.completions[0], fingerprint="f", tokenizer_size=vocabulary)
+    one = np.full(rows, -1.5, np.float32)
+    scores = Scores("a completion's id", question.positions, one, one, ranked.astype(np.int32), values)
+    frames = list(wire.encode_scores(scores, options=request.options, candidates=None, key=question.key))
+    size = len(pb.ScoreResponse(frames=frames).SerializeToString())
+    assert size / rows <= most
+    (got,) = [wire.Assembler(question).add(frame) for frame in frames]
+    np.testing.assert_array_equal(got.topk_ids, ranked)
+    np.testing.assert_array_equal(got.topk_logprob, values)
+
+
+def test_float16_rounds_by_at_most_half_a_step_of_its_eleven_bits():
+    values = -np.geomspace(1e-3, 1e4, 5000).astype(np.float32)
+    message = arrays.encode_float(values, pb.DTYPE_FLOAT16)
+    got = arrays.decode_float(message, dtypes=(pb.DTYPE_FLOAT16,), ndim=1)
+    step = np.exp2(np.floor(np.log2(-values)) - 10)
+    assert (np.abs(got.astype(np.float64) - values) <= step / 2).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_values_that_are_not_finite_are_refused_where_they_are(bad, kind):
+    values = np.linspace(-9, 0, 7).astype(kind)
+    values[5] = bad
+    dtype = pb.DTYPE_FLOAT16 if kind == "float16" else pb.DTYPE_FLOAT32
+    with pytest.raises(ValueError, match=r"at \[5\] is not finite"):
+        arrays.decode_float(arrays.encode_float(values, dtype), dtypes=(dtype,), ndim=1)
+    values[5] = 65504 if kind == "float16" else 3e38
+    arrays.decode_float(arrays.encode_float(values, dtype), dtypes=(dtype,), ndim=1)
 
 
 def test_hidden_states_of_a_bfloat16_model_travel_in_two_bytes():
