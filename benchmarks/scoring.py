@@ -193,7 +193,7 @@ def systems(model: Model, directory: Path, scratch: Path) -> Iterator[Bench]:
             grpc=stack.enter_context(Child(OurClient, teacher["grpc_url"])),
             http=stack.enter_context(Child(OurClient, teacher["http_url"])),
             stock=stack.enter_context(Child(StockClient, url, str(directory))),
-            limit=stack.enter_context(Child(Limit, directory, model.dtype, ENGINE)),
+            limit=stack.enter_context(Child(Limit, directory, model.dtype, ENGINE, log=scratch / "limit.log")),
         )
 
 

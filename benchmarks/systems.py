@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -100,12 +102,13 @@ def _timed(taken: list[tuple[float, float]]) -> Iterator[None]:
 
 
 class Child(Generic[T]):
-    """An object in a process of its own: `child.call("method", …)` waits for the method's result."""
+    """An object in a process of its own: `child.call("method", …)` waits for the method's result. With `log`, what that
+    process prints goes there."""
 
-    def __init__(self, make: Callable[..., T], *arguments: Any) -> None:
+    def __init__(self, make: Callable[..., T], *arguments: Any, log: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, make, arguments))
+        self._process = context.Process(target=_serve, args=(other, make, arguments, log))
         self._process.start()
         other.close()
 
@@ -135,9 +138,13 @@ class Child(Generic[T]):
         self.close()
 
 
-def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...], log: Path | None) -> None:
     """In the child: makes the object at the first call, so that its failure is that call's."""
     subject: Any = None
+    if log is not None:
+        with log.open("w") as stream:
+            os.dup2(stream.fileno(), sys.stdout.fileno())
+            os.dup2(stream.fileno(), sys.stderr.fileno())
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             method, given = pipe.recv()
