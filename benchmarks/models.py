@@ -28,7 +28,9 @@ def make(
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocabulary,

@@ -301,7 +301,7 @@ class Limit:
         self._shape = (config.get_hidden_size(), config.get_vocab_size())
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        self._llm.llm_engine.engine_core.shutdown(timeout=10)
 
     def prefill_s(self, work: Work) -> float:
         from vllm import SamplingParams
