@@ -40,7 +40,11 @@ class TeacherConfig(Section):
     """The service that scores, and what is asked of it."""
 
     url: tuple[str, ...] = ()
-    """grpc://host:port, grpcs://…, http://… or https://… of a running teacher. Exactly one."""
+    """grpc://host:port, grpcs://…, http://… or https://… of a running teacher; openai+http://host:port/v1 or
+    openai+https://… of a stock `vllm serve`, with ?model=NAME where it serves several. Exactly one."""
+    tokenizer: str = ""
+    """With an openai+ URL: directory of the tokenizer that the teacher was started with, which a stock server can't be
+    asked for; empty: it is taken to be the student's, with a warning."""
     model: str = ""
     """Instead of a URL: a model to serve from a child process of this run, stopped when the run ends."""
     serve_args: tuple[str, ...] = ()
@@ -84,6 +88,16 @@ class TeacherConfig(Section):
         if isinstance(value, int) and value < 0:
             raise ValueError(f"got {value}, expected 0 or more, or all")
         return value
+
+    @model_validator(mode="after")
+    def _tokenizer_of_a_stock_server_only(self) -> TeacherConfig:
+        if self.tokenizer and not (self.url and self.url[0].startswith("openai+")):
+            got = self.url[0] if self.url else "no URL"
+            raise ValueError(
+                f"tokenizer: got {self.tokenizer!r} with {got}, expected none: only a stock server (openai+http://…) "
+                "does not say which one it has"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nothing_for_a_child_that_is_not_started(self) -> TeacherConfig:
@@ -174,8 +188,8 @@ class TrainConfig(Section):
 FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "student": ("device", "gradient_checkpointing"),
     "teacher": (
-        "url", "model", "serve_args", "visible_devices", "api_key", "timeout_s", "attempt_timeout_s", "start_timeout_s",
-        "max_concurrency", "request_sequences", "accept_new_teacher",
+        "url", "tokenizer", "model", "serve_args", "visible_devices", "api_key", "timeout_s", "attempt_timeout_s",
+        "start_timeout_s", "max_concurrency", "request_sequences", "accept_new_teacher",
     ),
     "train": (
         "steps", "micro_batch_tokens", "micro_batch_size", "loss_chunk_rows", "output_dir", "num_processes", "threads",

@@ -206,7 +206,8 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     options = ScoreOptions(
         top_k=needs.top_k, temperature=config.loss.teacher_temperature, value_type=config.teacher.value_type
     )
-    client, teacher = scoring.connect(config.teacher, url, run_name=Path(config.train.output_dir).name)
+    run_name = Path(config.train.output_dir).name
+    client, teacher = scoring.connect(config.teacher, url, run_name=run_name, tokenizer=student.tokenizer)
     try:
         scoring.check_tokenizer(student.tokenizer, teacher)
         warnings = scoring.check_teacher(teacher, needs, options, longest)

@@ -15,7 +15,8 @@ from student_trainer.losses.base import Needs
 from student_trainer.types import Rollout, ScoredRollout
 from teacher_api.client import TeacherClient
 from teacher_api.errors import DeadlineExceeded, FingerprintMismatch, TeacherError
-from teacher_api.info import explain_difference, tokenizer_fingerprint
+from teacher_api.info import UNVERIFIED, explain_difference, tokenizer_fingerprint
+from teacher_api.openai_info import OpenAIOptions, differences
 from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, Scores, TeacherInfo
 
 
@@ -38,16 +39,21 @@ class ScoreError(RuntimeError):
     """The teacher's answer can't be trained on; the message names the sample and the position."""
 
 
-def connect(config: TeacherConfig, url: str, *, run_name: str) -> tuple[TeacherClient, TeacherInfo]:
+def connect(config: TeacherConfig, url: str, *, run_name: str, tokenizer: object) -> tuple[TeacherClient, TeacherInfo]:
     """A client bound to the teacher that answers at `url`, and what it says of itself.
+
+    Args:
+        tokenizer: the student's; a stock server's is taken to be equal unless teacher.tokenizer names it.
 
     Raises:
         TeacherGone: nobody answered within teacher.start_timeout_s.
+        HandshakeError: teacher.tokenizer can't be read, or the server has another.
     """
     key = config.api_key.get_secret_value() or None
+    stock = _stock_options(config, tokenizer) if url.startswith("openai+") else None
     started = time.monotonic()
     try:
-        with TeacherClient(url, api_key=key, timeout_s=config.start_timeout_s) as first:
+        with TeacherClient(url, api_key=key, timeout_s=config.start_timeout_s, stock=stock) as first:
             info = first.info()
     except TeacherError as error:
         raise _classified(error, url, time.monotonic() - started) from error
@@ -59,12 +65,28 @@ def connect(config: TeacherConfig, url: str, *, run_name: str) -> tuple[TeacherC
         max_concurrency=config.max_concurrency,
         expect_fingerprint=info.fingerprint,
         metadata=CallMetadata(run=run_name[:128]),
+        stock=stock,
     )
     return client, info
 
 
+def _stock_options(config: TeacherConfig, tokenizer: object) -> OpenAIOptions:
+    """What the trainer can say of a server that says nothing of its tokenizer."""
+    if not config.tokenizer:
+        return OpenAIOptions(assumed_tokenizer=tokenizer)
+    import transformers
+
+    try:
+        return OpenAIOptions(tokenizer=transformers.AutoTokenizer.from_pretrained(config.tokenizer))
+    except (OSError, ValueError) as error:
+        raise HandshakeError(f"teacher.tokenizer {config.tokenizer!r} can't be read: {error}") from error
+
+
 def check_tokenizer(tokenizer: object, info: TeacherInfo) -> None:
-    """Raises HandshakeError unless both sides mean the same by every token id."""
+    """Raises HandshakeError unless both sides mean the same by every token id. What nobody could say (a stock server's)
+    passes, and check_teacher warns of it."""
+    if info.tokenizer_fingerprint == UNVERIFIED:
+        return
     mine, parts = tokenizer_fingerprint(tokenizer)
     if not info.tokenizer_fingerprint:
         raise HandshakeError(
@@ -112,9 +134,14 @@ def check_teacher(info: TeacherInfo, needs: Needs, options: ScoreOptions, longes
             f"prompts and rollout.max_new_tokens make up to {longest_tokens} tokens, this teacher scores at most "
             f"{info.max_sequence_tokens}; shorten one of them"
         )
+    warnings = differences(info)
+    if info.tokenizer_fingerprint == UNVERIFIED:
+        warnings.append("set teacher.tokenizer to the directory of the teacher's tokenizer to have it compared")
     if options.top_k not in (0, "all") and "exact_tail" not in info.features:
-        return ["this teacher does not compute the tail from its logits (no exact_tail): tail masses are approximate"]
-    return []
+        warnings.append(
+            "this teacher does not compute the tail from its logits (no exact_tail): tail masses are approximate"
+        )
+    return warnings
 
 
 def check_same_teacher(began_with: str, info: TeacherInfo, accept_new: bool) -> None:

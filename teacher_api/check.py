@@ -18,6 +18,7 @@ import numpy as np
 from teacher_api.asking import log_retries_plainly
 from teacher_api.client import TeacherClient
 from teacher_api.errors import DeadlineExceeded, TeacherError
+from teacher_api.openai_info import differences
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest, Scores, TeacherInfo
 
 OK, WRONG, USAGE, UNREACHABLE = 0, 1, 2, 3
@@ -59,6 +60,7 @@ def examine(client: TeacherClient) -> dict[str, object]:
     request = known_sequence(info)
     start = time.perf_counter()
     (scores,) = client.score(request)
+    facts["warnings"] = differences(info)
     facts["score_ms"] = round(1000 * (time.perf_counter() - start), 2)
     facts["scored_rows"] = scores.num_rows
     facts["mean_logprob_nats"] = round(float(scores.token_logprob.mean()), 4)
@@ -72,7 +74,9 @@ def examine(client: TeacherClient) -> dict[str, object]:
 
 def report(url: str, facts: dict[str, object]) -> str:
     features = facts["features"]
+    warnings = facts["warnings"]
     assert isinstance(features, tuple), "of TeacherInfo"
+    assert isinstance(warnings, list), "of examine"
     lines = [
         f"teacher      {facts['model_name']} at {url}",
         f"fingerprint  {facts['fingerprint']}",
@@ -86,13 +90,16 @@ def report(url: str, facts: dict[str, object]) -> str:
         f"round trip   {facts['round_trip_ms']} ms",
         f"known text   {facts['scored_rows']} positions in {facts['score_ms']} ms, "
         f"mean {facts['mean_logprob_nats']} nats a token",
+        *(f"warning      {text}" for text in warnings),
     ]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="teacher-check", description=__doc__)
-    parser.add_argument("url", help="grpc://host:port, grpcs://…, http://… or https://…")
+    parser.add_argument(
+        "url", help="grpc://host:port, grpcs://…, http://… or https://…; openai+http://host:port/v1: vllm serve"
+    )
     parser.add_argument("--api-key", help="better in the environment: TEACHER_API_KEY")
     parser.add_argument("--timeout-s", type=float, default=10.0, help="of each call, retries included (default 10)")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")

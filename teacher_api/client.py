@@ -1,4 +1,5 @@
-"""TeacherClient and AsyncTeacherClient: scores from a teacher over gRPC or HTTP, by the scheme of its URL.
+"""TeacherClient and AsyncTeacherClient: scores from a teacher over gRPC or HTTP, or from a stock `vllm serve`, by the
+scheme of its URL.
 
 The asynchronous client is the implementation; the synchronous one drives it on a private thread with an event loop of
 its own, and so does not survive a fork: make it in the process that uses it. Retries live in asking.py.
@@ -13,12 +14,14 @@ from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, I
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
 
 from teacher_api import info as info_api
+from teacher_api import openai_info
 from teacher_api.asking import Answers, Asker, Deadline, Part, parts_of
 from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError
+from teacher_api.openai_info import OpenAIOptions
 from teacher_api.transport import Transport
 from teacher_api.types import CallMetadata, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import check_options
@@ -27,15 +30,39 @@ T = TypeVar("T")
 SCHEMES = ("grpc", "grpcs", "http", "https")
 
 
-def open_transport(url: str, *, api_key: str | None, max_connections: int) -> Transport:
-    """The transport for `grpc://host:port`, `grpcs://…`, `http://…` or `https://…`. Must run in an event loop.
+class ClientOptions(TypedDict, total=False):
+    """What the clients take besides a URL; AsyncTeacherClient says what each means."""
+
+    api_key: str | None
+    timeout_s: float
+    attempt_timeout_s: float
+    max_concurrency: int
+    expect_fingerprint: str
+    metadata: CallMetadata | None
+
+
+def open_transport(
+    url: str, *, api_key: str | None, max_connections: int, stock: OpenAIOptions | None = None
+) -> Transport:
+    """The transport for `grpc://host:port`, `grpcs://…`, `http://…`, `https://…` or, for a stock `vllm serve`,
+    `openai+http://host:port/v1` or `openai+https://…`. Must run in an event loop.
 
     Raises:
-        ValueError: the URL has another scheme or no host.
+        ValueError: the URL has another scheme or no host; or options for a stock server and the URL of one of ours.
     """
     split = urlsplit(url)
+    if split.scheme in openai_info.SCHEMES:
+        from teacher_api.transport_openai import OpenAITransport
+
+        options = stock or OpenAIOptions()
+        return OpenAITransport(url, api_key=api_key, max_connections=max_connections, options=options)
+    if stock is not None:
+        raise ValueError(f"teacher URL {url!r} with options for a stock server; expected {openai_info.EXPECTED_URL}")
     if split.scheme not in SCHEMES or not split.hostname:
-        raise ValueError(f"teacher URL {url!r}: expected grpc://host:port, grpcs://…, http://… or https://…")
+        raise ValueError(
+            f"teacher URL {url!r}: expected grpc://host:port, grpcs://…, http://… or https://…, or for a stock "
+            f"vllm serve {openai_info.EXPECTED_URL}"
+        )
     if split.scheme in ("grpc", "grpcs"):
         if split.port is None or split.path not in ("", "/"):
             raise ValueError(f"teacher URL {url!r}: expected {split.scheme}://host:port and nothing after it")
@@ -51,13 +78,15 @@ class AsyncTeacherClient:
     """Scores from one teacher. `async with AsyncTeacherClient(url) as teacher: …`
 
     Args:
-        url: grpc://host:port, grpcs://host:port, http://host:port or https://host.
+        url: grpc://host:port, grpcs://host:port, http://host:port or https://host; openai+http://host:port/v1 or
+            openai+https://… for a stock `vllm serve` (see `openai`).
         api_key: sent as a bearer token.
         timeout_s: of one call, retries included, unless the request has its own.
         attempt_timeout_s: after which one attempt is given up and the next one made.
         max_concurrency: requests in flight at a time.
         expect_fingerprint: of the teacher; empty: of the one that answers first. Any other is refused from then on.
         metadata: of requests that have none.
+        stock: what a stock server does not say of itself; only with an openai+ URL.
     """
 
     def __init__(
@@ -70,6 +99,7 @@ class AsyncTeacherClient:
         max_concurrency: int = 8,
         expect_fingerprint: str = "",
         metadata: CallMetadata | None = None,
+        stock: OpenAIOptions | None = None,
     ) -> None:
         for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
             if not 0 < value < float("inf"):
@@ -83,8 +113,29 @@ class AsyncTeacherClient:
         self._metadata = metadata or CallMetadata()
         self._known: TeacherInfo | None = None
         self._handshake = asyncio.Lock()
-        self._transport = open_transport(url, api_key=api_key, max_connections=max_concurrency)
+        self._transport = open_transport(url, api_key=api_key, max_connections=max_concurrency, stock=stock)
         self._asker = Asker(self._transport, attempt_timeout_s=attempt_timeout_s, max_concurrency=max_concurrency)
+
+    @classmethod
+    def openai(
+        cls,
+        url: str,
+        *,
+        model: str = "",
+        tokenizer: Any = None,
+        assumed_tokenizer: Any = None,
+        **options: Unpack[ClientOptions],
+    ) -> AsyncTeacherClient:
+        """A client of a stock `vllm serve`, which scores slower and offers less: docs/stock-vllm.md.
+
+        Args:
+            url: http://host:port/v1 or https://…
+            model: the server's name for the teacher, where it has several.
+            tokenizer: the teacher's, as a transformers tokenizer made from its own files.
+            assumed_tokenizer: instead, one that the teacher's is taken to be equal to.
+            options: as of the constructor.
+        """
+        return cls(_openai_url(url), stock=OpenAIOptions(model, tokenizer, assumed_tokenizer), **options)
 
     async def __aenter__(self) -> AsyncTeacherClient:
         return self
@@ -195,6 +246,10 @@ class AsyncTeacherClient:
         return [answers[completion.id] for completion in request.completions]
 
 
+def _openai_url(url: str) -> str:
+    return url if url.startswith("openai+") else f"openai+{url}"
+
+
 def _check_shape(request: ScoreRequest) -> None:
     """What would make answers ambiguous, and is wrong for every teacher."""
     if not request.completions:
@@ -250,6 +305,7 @@ class TeacherClient:
         max_concurrency: int = 8,
         expect_fingerprint: str = "",
         metadata: CallMetadata | None = None,
+        stock: OpenAIOptions | None = None,
     ) -> None:
         async def made() -> AsyncTeacherClient:
             return AsyncTeacherClient(
@@ -260,6 +316,7 @@ class TeacherClient:
                 max_concurrency=max_concurrency,
                 expect_fingerprint=expect_fingerprint,
                 metadata=metadata,
+                stock=stock,
             )
 
         self.url = url
@@ -272,6 +329,19 @@ class TeacherClient:
         except BaseException:
             self._stop()
             raise
+
+    @classmethod
+    def openai(
+        cls,
+        url: str,
+        *,
+        model: str = "",
+        tokenizer: Any = None,
+        assumed_tokenizer: Any = None,
+        **options: Unpack[ClientOptions],
+    ) -> TeacherClient:
+        """As AsyncTeacherClient.openai."""
+        return cls(_openai_url(url), stock=OpenAIOptions(model, tokenizer, assumed_tokenizer), **options)
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         if self._loop.is_closed():

@@ -18,6 +18,8 @@ from teacher_api.v1 import teacher_pb2 as pb
 
 API_VERSION = 1
 DIGEST_BYTES = 16
+UNVERIFIED = "unverified"
+"""In place of a tokenizer's fingerprint: there is a tokenizer, and nobody could say which."""
 _LIMITS = (
     "tokenizer_size",
     "logit_width",

@@ -75,15 +75,17 @@ def error_of_problem(status: int, content_type: str, body: bytes, retry_after: s
             document["kind"],
             str(document.get("detail", "")),
             field=str(document.get("field", "")),
-            retry_after_s=_seconds(seconds if seconds is not None else retry_after),
+            retry_after_s=seconds_of(seconds if seconds is not None else retry_after),
             request_id=str(document.get("request_id", "")),
         )
     text = " ".join(body[:200].decode("utf-8", "replace").split())
     cls = _BY_STATUS.get(status, errors.InternalError)
-    return cls(f"HTTP {status} without an error document: {text or 'empty body'}", retry_after_s=_seconds(retry_after))
+    return cls(
+        f"HTTP {status} without an error document: {text or 'empty body'}", retry_after_s=seconds_of(retry_after)
+    )
 
 
-def _seconds(value: object) -> float | None:
+def seconds_of(value: object) -> float | None:
     """A delay; dates and nonsense are as good as none."""
     try:
         seconds = float(value)  # type: ignore[arg-type]

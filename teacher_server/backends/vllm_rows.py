@@ -17,22 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_api.errors import InvalidBackendOutput
+from teacher_api.top_rows import TooFewIds, floored, top_rows
 from teacher_api.types import LOGPROB_FLOOR, IntArray, Scores
 from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.exact_rows import score_rows
 
+__all__ = ["FlatPromptLogprobs", "PromptRows", "TooFewIds", "read_rows", "scores_from_full_rows", "scores_from_top_k"]
+
 F64 = npt.NDArray[np.float64]
-
-RESOLUTION_FLOOR = 2.0**-19
-RESOLUTION_PER_COLUMN = 2.0**-32
-"""A float32 log_softmax rounds its sum over the columns, and so shifts all of a row alike. Measured on a CPU over 200
-rows of random logits (standard deviation 0.5 to 6): the mass of the top 64 is off by up to 1.1e-6 at 4,096 columns,
-4.8e-6 at 32,768, 2.3e-5 at 151,936."""
-
-
-def tail_resolution(width: int) -> float:
-    """The smallest mass that 1 - sum(p) of a row of `width` float32 logprobs can tell from none."""
-    return max(RESOLUTION_FLOOR, width * RESOLUTION_PER_COLUMN)
 
 
 class FlatPromptLogprobs(Protocol):
@@ -42,10 +34,6 @@ class FlatPromptLogprobs(Protocol):
     end_indices: list[int]
     token_ids: list[int]
     logprobs: list[float]
-
-
-class TooFewIds(Exception):
-    """So many of the entries were ids that the tokenizer doesn't know that fewer than K are left in some row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,48 +102,32 @@ def scores_from_full_rows(job: ScoreJob, rows: PromptRows, vocabulary: int) -> S
 
 
 def scores_from_top_k(job: ScoreJob, rows: PromptRows, vocabulary: int, width: int) -> Scores:
-    """Scores from the E most likely entries of each row and the actual token, at temperature 1.
-
-    log_tail = log(1 - sum p) over (top-k, actual token), with at least tail_resolution(W) under the logarithm, and at
-    most log((W - E) p_E + what was seen outside): no unseen id is more likely than the last one seen, p_E. Both are
-    upper bounds of a tail too small for the difference.
+    """Scores from the E most likely entries of each row and the actual token, at temperature 1; for the tail see
+    teacher_api.top_rows.
 
     Raises:
         TooFewIds: fewer than K of the entries are ids below V; ask for more entries.
     """
     assert job.options.top_k != "all"
     k = job.options.top_k
-    token_N, token_logp_N = rows.ids[:, 0], rows.logprobs[:, 0]
-    ids_NE, logp_NE = rows.ids[:, 1:], rows.logprobs[:, 1:]
-    known_NE = ids_NE < vocabulary
-    if k and int(known_NE.sum(axis=1).min()) < k:
-        raise TooFewIds
-    first_NK = np.argsort(~known_NE, axis=1, kind="stable")[:, :k]
-    topk_ids_NK = np.take_along_axis(ids_NE, first_NK, axis=1)
-    topk_logp_NK = np.take_along_axis(logp_NE, first_NK, axis=1)
-    token_is_out_N = ~(topk_ids_NK == token_N[:, None]).any(axis=1)
-    inside_N = np.exp(topk_logp_NK).sum(axis=1) + np.where(token_is_out_N, np.exp(token_logp_N), 0.0)
-    tail_N = np.maximum(1.0 - inside_N, tail_resolution(width))
-    num_entries = ids_NE.shape[1]
-    if num_entries:
-        seen_outside_N = np.exp(logp_NE).sum(axis=1) - np.exp(topk_logp_NK).sum(axis=1)
-        bound_N = (width - num_entries) * np.exp(logp_NE[:, -1]) + np.maximum(seen_outside_N, 0.0)
-        tail_N = np.minimum(tail_N, bound_N)
-    with np.errstate(divide="ignore"):
-        log_tail_N = np.log(tail_N)
-    topk_logprob: npt.NDArray[np.float32] | npt.NDArray[np.float16] = _floored(topk_logp_NK)
+    top = top_rows(
+        rows.ids[:, 0],
+        rows.logprobs[:, 0],
+        rows.ids[:, 1:],
+        rows.logprobs[:, 1:],
+        top_k=k,
+        tokenizer_size=vocabulary,
+        logit_width=width,
+    )
+    topk_logprob: npt.NDArray[np.float32] | npt.NDArray[np.float16] = floored(top.logprob)
     if job.options.value_type == "float16":
         topk_logprob = topk_logprob.astype(np.float16)
     return Scores(
         id=job.id,
         positions=job.positions,
-        token_logprob=_floored(token_logp_N),
-        log_tail=_floored(log_tail_N),
-        topk_ids=topk_ids_NK if k else None,
+        token_logprob=floored(rows.logprobs[:, 0]),
+        log_tail=floored(top.log_tail),
+        topk_ids=top.ids if k else None,
         topk_logprob=topk_logprob if k else None,
         computed_tokens=job.num_tokens,
     )
-
-
-def _floored(values: F64) -> npt.NDArray[np.float32]:
-    return np.maximum(values, LOGPROB_FLOOR).astype(np.float32)
