@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import threading
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from client_calls import ids
-from fake_openai import Cut, FakeVllm, Refusal, refusal, serve_vllm
 from fake_teacher import WIDTH, V, logprobs
+from stock_vllm import Cut, FakeVllm, Refusal, in_thread, refusal, serve_vllm
 
 from teacher_api import check, errors
 from teacher_api.client import AsyncTeacherClient, TeacherClient
@@ -46,6 +44,10 @@ class Tokenizer:
 
     def ids_of(self, text):
         return self.encode(text, add_special_tokens=False)
+
+
+def fake(model=logprobs, **settings):
+    return FakeVllm(model, WIDTH, **settings)
 
 
 def run(vllm, work, **options):
@@ -105,7 +107,7 @@ def check_scores(request, scores, *, size=WIDTH, model=logprobs):
 )
 def test_scores_are_the_models(options):
     request = a_request(**options)
-    scores = run(FakeVllm(), lambda c: c.score(request))
+    scores = run(fake(), lambda c: c.score(request))
     check_scores(request, scores)
     assert {s.computed_tokens for s in scores} == {4, 7, 9}
     for array in (scores[0].topk_logprob, scores[0].token_logprob):
@@ -113,7 +115,7 @@ def test_scores_are_the_models(options):
 
 
 def test_only_what_is_needed_is_asked():
-    vllm = FakeVllm()
+    vllm = fake()
     request = a_request(2, ranges=((1, 2), (3, 4)))
     check_scores(request, run(vllm, lambda c: c.score(request)))
     assert sorted(len(q["prompt"]) for q in vllm.asked) == [4, 4], "nothing after the last scored position"
@@ -122,14 +124,14 @@ def test_only_what_is_needed_is_asked():
 
 def test_the_whole_vocabulary_where_the_server_gives_all():
     request = a_request(top_k="all")
-    vllm = FakeVllm(max_logprobs=-1, tokenize=Tokenizer().ids_of)
+    vllm = fake(max_logprobs=-1, tokenize=Tokenizer().ids_of)
     check_scores(request, run(vllm, lambda c: c.score(request)))
     check_scores(request, run(vllm, lambda c: c.score(request), tokenizer=Tokenizer()), size=V)
 
 
 def test_all_columns_of_no_padding_leave_no_tail():
     request = a_request(1, top_k="all")
-    (scores,) = run(FakeVllm(max_logprobs=-1), lambda c: c.score(request))
+    (scores,) = run(fake(max_logprobs=-1), lambda c: c.score(request))
     assert (scores.log_tail == LOGPROB_FLOOR).all()
 
 
@@ -138,7 +140,7 @@ def test_streams_and_the_synchronous_client():
     requests[1] = dataclasses.replace(
         requests[1], completions=[dataclasses.replace(c, id=f"m{c.id}") for c in requests[1].completions]
     )
-    with in_thread(FakeVllm()) as url, TeacherClient.openai(url, timeout_s=20) as client:
+    with in_thread(fake()) as url, TeacherClient.openai(url, timeout_s=20) as client:
         check_scores(requests[0], client.score(requests[0]))
         found = {s.id: s for s in client.score_many(requests)}
     for request in requests:
@@ -155,13 +157,13 @@ def masked(tokens):
 
 def test_small_tails_are_bounded_from_above_and_masked_tokens_are_finite():
     request = ScoreRequest([Completion("a", ids(1, 0, 39))], options=ScoreOptions(top_k=3))
-    (scores,) = run(FakeVllm(masked), lambda c: c.score(request))
+    (scores,) = run(fake(masked), lambda c: c.score(request))
     true_tail = np.log(np.exp(masked([1])[0, 3:]).sum())
     assert (scores.log_tail >= true_tail - 1e-3).all()
     assert (scores.log_tail <= np.log(2.0**-18)).all(), "no more than float32 can tell from none"
     assert scores.token_logprob[1] == LOGPROB_FLOOR
     request = dataclasses.replace(request, options=ScoreOptions(top_k=4))
-    (scores,) = run(FakeVllm(masked), lambda c: c.score(request))
+    (scores,) = run(fake(masked), lambda c: c.score(request))
     assert (scores.log_tail <= np.log(WIDTH) + scores.topk_logprob[:, 3]).all(), "no unseen id beats the last one seen"
 
 
@@ -179,7 +181,7 @@ def test_ids_without_a_token_are_not_offered_and_stay_in_the_tail(monkeypatch):
     request = a_request()
     for allowance in (8, 1):  # enough at once; asked again
         monkeypatch.setattr("teacher_api.transport_openai.PADDING_ALLOWANCE", allowance)
-        vllm = FakeVllm(padding_first)
+        vllm = fake(padding_first)
         scores = run(vllm, lambda c: c.score(request), assumed_tokenizer=Tokenizer())
         check_scores(request, scores, size=V, model=padding_first)
         assert {q["prompt_logprobs"] for q in vllm.asked} == ({9} if allowance == 8 else {6, 9})
@@ -187,7 +189,7 @@ def test_ids_without_a_token_are_not_offered_and_stay_in_the_tail(monkeypatch):
 
 def test_too_many_of_them_are_said_to_be_the_reason():
     with pytest.raises(errors.TooLarge, match="4 columns without one; start it with --max-logprobs") as caught:
-        run(FakeVllm(padding_first, max_logprobs=8), lambda c: c.score(a_request()), tokenizer=Tokenizer())
+        run(fake(padding_first, max_logprobs=8), lambda c: c.score(a_request()), tokenizer=Tokenizer())
     assert caught.value.field == "options.top_k"
 
 
@@ -205,7 +207,7 @@ def test_too_many_of_them_are_said_to_be_the_reason():
     ],
 )
 def test_what_the_server_would_ignore_is_refused(options, field, kind, text):
-    vllm = FakeVllm()
+    vllm = fake()
     with pytest.raises(kind, match=text) as caught:
         run(vllm, lambda c: c.score(a_request(1, **options)))
     assert caught.value.field == field
@@ -227,7 +229,7 @@ def test_what_the_server_would_ignore_is_refused(options, field, kind, text):
 )
 def test_a_sequence_that_cannot_be_scored(completion, field, kind, text):
     request = ScoreRequest([Completion("good", ids(1, 2)), completion])
-    good, bad = run(FakeVllm(), lambda c: c.score(request, return_errors=True))
+    good, bad = run(fake(), lambda c: c.score(request, return_errors=True))
     assert good.id == "good"
     assert isinstance(bad, kind)
     assert bad.field == field
@@ -266,7 +268,7 @@ def info_of(vllm, **options):
 
 
 def test_the_server_as_a_teacher():
-    info = info_of(FakeVllm())
+    info = info_of(fake())
     assert (info.model_name, info.engine, info.engine_version) == ("org/teacher", "vllm serve", "0.32.0")
     assert (info.max_sequence_tokens, info.max_top_k, info.logit_width, info.max_candidates) == (63, 20, WIDTH, 0)
     assert info.features == ("float16", "rank", "top_k")
@@ -274,38 +276,38 @@ def test_the_server_as_a_teacher():
     assert info.weights_digest == ""
     assert any("unverified" in text for text in differences(info))
     assert any("weights can't be identified" in text for text in differences(info))
-    whole = info_of(FakeVllm(max_logprobs=-1))
+    whole = info_of(fake(max_logprobs=-1))
     assert "full_vocabulary" in whole.features
     assert whole.max_top_k == WIDTH
 
 
 def test_the_fingerprint_is_of_what_the_server_says_and_not_of_where_it_is():
-    first = info_of(FakeVllm()).fingerprint
-    assert first == info_of(FakeVllm()).fingerprint, "another port, other `created` and permission ids"
+    first = info_of(fake()).fingerprint
+    assert first == info_of(fake()).fingerprint, "another port, other `created` and permission ids"
     others = [{"version": "0.33.0"}, {"root": "/models/other"}, {"name": "other"}, {"max_model_len": 65}]
-    prints = [info_of(FakeVllm(**other)).fingerprint for other in others]
+    prints = [info_of(fake(**other)).fingerprint for other in others]
     assert len({first, *prints}) == 5
     assert first.startswith("stock-")
 
 
 def test_a_tokenizer_that_is_given_is_held_against_the_servers():
     mine, parts = tokenizer_fingerprint(Tokenizer())
-    info = info_of(FakeVllm(tokenize=Tokenizer().ids_of), tokenizer=Tokenizer())
+    info = info_of(fake(tokenize=Tokenizer().ids_of), tokenizer=Tokenizer())
     assert (info.tokenizer_fingerprint, info.tokenizer_parts, info.tokenizer_size) == (mine, parts, V)
-    info = info_of(FakeVllm(tokenize=Tokenizer().ids_of), assumed_tokenizer=Tokenizer())
+    info = info_of(fake(tokenize=Tokenizer().ids_of), assumed_tokenizer=Tokenizer())
     assert (info.tokenizer_fingerprint, info.tokenizer_size) == (UNVERIFIED, V)
     for name in ("tokenizer", "assumed_tokenizer"):
         with pytest.raises(errors.FingerprintMismatch, match="other ids of a known text"):
-            info_of(FakeVllm(tokenize=Tokenizer(shift=1).ids_of), **{name: Tokenizer()})
+            info_of(fake(tokenize=Tokenizer(shift=1).ids_of), **{name: Tokenizer()})
 
 
 def test_a_server_without_tokenize_is_said_to_be_unchecked(caplog):
-    assert info_of(FakeVllm(), tokenizer=Tokenizer()).tokenizer_size == V
+    assert info_of(fake(), tokenizer=Tokenizer()).tokenizer_size == V
     assert "no /tokenize" in caplog.text
 
 
 def test_several_models():
-    vllm = FakeVllm(adapters=("lora-a", "lora-b"))
+    vllm = fake(adapters=("lora-a", "lora-b"))
     with pytest.raises(errors.InvalidRequest, match=r"org/teacher, lora-a, lora-b; name one"):
         info_of(vllm)
     with pytest.raises(errors.NotFound, match="no model 'lora-c'; it has org/teacher"):
@@ -319,12 +321,12 @@ def test_another_server_in_the_same_place_is_refused():
     """Though the pool replaces closed connections silently, so that no call fails."""
 
     async def main():
-        vllm = FakeVllm()
+        vllm = fake()
         async with serve_vllm(vllm) as url:
             port = int(url.split(":")[2].removesuffix("/v1"))
             client = AsyncTeacherClient.openai(url, timeout_s=20)
             await client.score(a_request(1))
-        vllm = FakeVllm(version="0.33.0")
+        vllm = fake(version="0.33.0")
         async with serve_vllm(vllm, port):
             with pytest.raises(errors.FingerprintMismatch, match=r"expected teacher 'stock-\w+'.*org/teacher"):
                 await client.score(a_request(1))
@@ -335,12 +337,12 @@ def test_another_server_in_the_same_place_is_refused():
 
 def test_a_server_that_comes_back_is_gone_on_with():
     async def main():
-        async with serve_vllm(FakeVllm()) as url:
+        async with serve_vllm(fake()) as url:
             port = int(url.split(":")[2].removesuffix("/v1"))
             client = AsyncTeacherClient.openai(url, timeout_s=20)
             await client.info()
         request = a_request()
-        async with serve_vllm(FakeVllm(), port):
+        async with serve_vllm(fake(), port):
             check_scores(request, await client.score(request))
         await client.close()
 
@@ -348,7 +350,7 @@ def test_a_server_that_comes_back_is_gone_on_with():
 
 
 def test_keys():
-    vllm = FakeVllm(key="s3cret")
+    vllm = fake(key="s3cret")
     request = a_request(1)
     check_scores(request, run(vllm, lambda c: c.score(request), api_key="s3cret", metadata=CallMetadata("t")))
     assert vllm.keys == {"Bearer s3cret"}
@@ -362,7 +364,7 @@ def test_no_vllm_here():
             raise Refusal(404, {"detail": "Not Found"})
 
     with pytest.raises(errors.NotFound, match="expected the base URL of a `vllm serve`"):
-        info_of(Other())
+        info_of(Other(logprobs, WIDTH))
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
@@ -384,7 +386,7 @@ TOO_LONG = "This model's maximum context length is 64 tokens. However, your prom
     ],
 )
 def test_errors_that_stay(fault, kind):
-    vllm = FakeVllm(faults=[fault])
+    vllm = fake(faults=[fault])
     with pytest.raises(kind) as caught:
         run(vllm, lambda c: c.score(a_request(1)))
     assert type(caught.value) is kind
@@ -404,17 +406,17 @@ def test_errors_that_stay(fault, kind):
     ],
 )
 def test_errors_that_pass(fault):
-    vllm, request = FakeVllm(faults=[fault]), a_request(1)
+    vllm, request = fake(faults=[fault]), a_request(1)
     check_scores(request, run(vllm, lambda c: c.score(request)))
     assert len(vllm.asked) == 2
 
 
 def test_a_hanging_attempt_is_given_up_and_made_again():
-    vllm, request = FakeVllm(faults=["hang"]), a_request(1)
+    vllm, request = fake(faults=["hang"]), a_request(1)
     check_scores(request, run(vllm, lambda c: c.score(request), attempt_timeout_s=0.3))
     assert len(vllm.asked) == 2
     with pytest.raises((errors.DeadlineExceeded, errors.Unavailable), match=r"0\.5 s"):
-        run(FakeVllm(faults=["hang"]), lambda c: c.score(request), timeout_s=0.5)
+        run(fake(faults=["hang"]), lambda c: c.score(request), timeout_s=0.5)
 
 
 def rows_of(answer):
@@ -462,11 +464,11 @@ DAMAGE = {
 def test_an_answer_that_does_not_fit_is_withheld_and_asked_again(name):
     change, text = DAMAGE[name]
     request = a_request(1)
-    vllm = FakeVllm(faults=[change])
+    vllm = fake(faults=[change])
     check_scores(request, run(vllm, lambda c: c.score(request)))
     assert len(vllm.asked) == 2
     with pytest.raises(errors.InvalidBackendOutput, match=text):
-        run(FakeVllm(faults=[change] * 1000), lambda c: c.score(request), timeout_s=0.3)
+        run(fake(faults=[change] * 1000), lambda c: c.score(request), timeout_s=0.3)
 
 
 def test_key_order_of_the_rows_does_not_matter():
@@ -476,11 +478,11 @@ def test_key_order_of_the_rows_does_not_matter():
     def sort(rows):
         rows[1:] = [dict(sorted(row.items())) for row in rows[1:]]
 
-    check_scores(request, run(FakeVllm(faults=[changed(sort)]), lambda c: c.score(request)))
+    check_scores(request, run(fake(faults=[changed(sort)]), lambda c: c.score(request)))
 
 
 def test_no_more_than_max_concurrency_at_a_time():
-    vllm = FakeVllm()
+    vllm = fake()
     request = a_request(12)
 
     async def work(client):
@@ -501,29 +503,8 @@ def test_no_more_than_max_concurrency_at_a_time():
 # ---- teacher-check ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def in_thread(vllm):
-    """The fake on a loop of its own."""
-    ready, box = threading.Event(), {}
-
-    async def main():
-        box["stop"], box["loop"] = asyncio.Event(), asyncio.get_running_loop()
-        async with serve_vllm(vllm) as box["url"]:
-            ready.set()
-            await box["stop"].wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
-    thread.start()
-    assert ready.wait(10)
-    try:
-        yield box["url"]
-    finally:
-        box["loop"].call_soon_threadsafe(box["stop"].set)
-        thread.join(10)
-
-
 def test_teacher_check(capsys):
-    with in_thread(FakeVllm()) as url:
+    with in_thread(fake()) as url:
         assert check.main([f"openai+{url}"]) == 0
     out = capsys.readouterr().out
     assert "org/teacher at openai+http://127.0.0.1" in out

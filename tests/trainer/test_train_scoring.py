@@ -178,6 +178,29 @@ def test_a_tail_that_is_not_exact_is_a_warning() -> None:
     assert "exact_tail" in scoring.check_teacher(without, Needs(2, 0), ScoreOptions(top_k=2), 64)[0]
 
 
+def test_a_tokenizer_nobody_could_name_is_a_warning_that_says_how_to_name_it() -> None:
+    stock = dataclasses.replace(
+        INFO,
+        tokenizer_fingerprint="unverified",
+        scoring_path="openai",
+        engine="vllm serve",
+        features=("top_k", "rank", "float16"),
+    )
+    scoring.check_tokenizer(object(), stock)
+    warnings = scoring.check_teacher(stock, Needs(2, 0), ScoreOptions(top_k=2), 64)
+    for words in ("is unverified", "set teacher.tokenizer", "weights can't be identified", "exact_tail"):
+        assert sum(words in text for text in warnings) == 1, words
+    with pytest.raises(scoring.HandshakeError, match="does not offer candidates, temperature"):
+        scoring.check_teacher(stock, Needs(2, 2), ScoreOptions(top_k=2, temperature=2.0), 64)
+
+
+@pytest.mark.parametrize("settings", [{"url": "grpc://a:1"}, {"model": "m"}, {}])
+def test_a_tokenizer_beside_a_teacher_that_has_its_own_is_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="expected none: only a stock server"):
+        TeacherConfig(tokenizer="there", **settings)
+    assert TeacherConfig(tokenizer="there", url=("openai+http://a/v1",)).tokenizer == "there"
+
+
 # -- leaving together
 
 
