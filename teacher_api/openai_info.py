@@ -222,7 +222,8 @@ _BY_STATUS: dict[int, type[TeacherError]] = {
     500: errors.BackendFailed,
     501: errors.Unsupported,
 }
-_TOO_LONG = re.compile(r"maximum context length|maximum model length")
+_TOO_LONG = re.compile(r"maximum context length|maximum model length|max_tokens must be at least 1")
+"""The last is what vLLM 0.32 says of a prompt as long as its limit, which leaves no room to generate a token."""
 
 
 def error_of(status: int, body: bytes, retry_after_s: float | None) -> TeacherError:

@@ -1,20 +1,20 @@
-"""The client against a server that answers as `vllm serve` does: what arrives, what is refused and why, and what holds
-through failures. Expected values are float64 arithmetic over the fake's model, written here.
-"""
+"""The client against a server that answers as `vllm serve` does: what arrives, who it is, what is refused and why."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
 from client_calls import ids
 from fake_teacher import WIDTH, V, logprobs
-from stock_vllm import Cut, FakeVllm, Refusal, in_thread, refusal, serve_vllm
+from openai_calls import Tokenizer, a_request, check_scores, fake, run
+from stock_vllm import FakeVllm, Refusal, in_thread, serve_vllm
 
 from teacher_api import check, errors
-from teacher_api.client import AsyncTeacherClient, TeacherClient
+from teacher_api.client import AsyncTeacherClient, ClientOptions, TeacherClient
 from teacher_api.info import UNVERIFIED, tokenizer_fingerprint
 from teacher_api.openai_info import OpenAIOptions, differences, place_of
 from teacher_api.types import LOGPROB_FLOOR, CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest
@@ -23,79 +23,6 @@ pytestmark = [
     pytest.mark.usefixtures("quick_retries"),
     pytest.mark.filterwarnings("ignore::ResourceWarning:uvicorn.*"),
 ]
-MASS = 4e-6
-"""By which a tail that is the rest to 1 may miss: a few float32 roundings of probabilities."""
-
-
-class Tokenizer:
-    """What is read of a transformers tokenizer: V ids, a character each."""
-
-    bos_token_id = eos_token_id = unk_token_id = 0
-
-    def __init__(self, size=V, shift=0):
-        self.size, self.shift = size, shift
-
-    def get_vocab(self):
-        return {chr(65 + i): i for i in range(self.size)}
-
-    def encode(self, text, add_special_tokens=True):
-        assert not add_special_tokens
-        return [(ord(c) + self.shift) % self.size for c in text]
-
-    def ids_of(self, text):
-        return self.encode(text, add_special_tokens=False)
-
-
-def fake(model=logprobs, **settings):
-    return FakeVllm(model, WIDTH, **settings)
-
-
-def run(vllm, work, **options):
-    async def main():
-        async with (
-            serve_vllm(vllm) as url,
-            AsyncTeacherClient.openai(url, **{"timeout_s": 20, **options}) as client,
-        ):
-            return await work(client)
-
-    return asyncio.run(main())
-
-
-def a_request(n=3, *, ranges=(), **options):
-    rng = np.random.default_rng(0)
-    completions = [
-        Completion(f"c{i}", rng.integers(0, V, 4 + i).astype(np.int32), i % 2 if i else None, ranges) for i in range(n)
-    ]
-    return ScoreRequest(completions, [ids(1, 2, 3), ids(9, 8)], ScoreOptions(**{"top_k": 5, **options}))
-
-
-def check_scores(request, scores, *, size=WIDTH, model=logprobs):
-    """Every array against the definition, over the whole float64 row."""
-    k = request.options.top_k
-    assert [s.id for s in scores] == [c.id for c in request.completions]
-    for completion, got in zip(request.completions, scores, strict=True):
-        prompt = [] if completion.prompt_index is None else request.prompts[completion.prompt_index].tolist()
-        tokens = [*prompt, *completion.token_ids.tolist()]
-        spans = completion.ranges or ((max(len(prompt), 1), len(tokens)),)
-        at = np.concatenate([np.arange(a, b) for a, b in spans])
-        logp, rows, actual = model(tokens)[at], np.arange(len(at)), np.array(tokens)[at]
-        np.testing.assert_array_equal(got.positions, at)
-        np.testing.assert_allclose(got.token_logprob, logp[rows, actual], atol=1e-6)
-        inside = np.zeros(logp.shape, bool)
-        inside[rows, actual] = True
-        if k == "all":
-            inside[:, :size] = True
-            np.testing.assert_allclose(got.topk_logprob, np.maximum(logp[:, :size], LOGPROB_FLOOR), atol=1e-6)
-            assert got.topk_ids is None
-        elif k:
-            best = np.argsort(-logp[:, :size], axis=1, kind="stable")[:, :k]
-            np.testing.assert_array_equal(got.topk_ids, best)
-            tolerance = 5e-3 if request.options.value_type == "float16" else 1e-6
-            np.testing.assert_allclose(got.topk_logprob, np.take_along_axis(logp, best, 1), atol=tolerance)
-            np.put_along_axis(inside, best, True, 1)
-        np.testing.assert_allclose(np.exp(got.log_tail), np.where(inside, 0, np.exp(logp)).sum(1), atol=MASS)
-        if request.options.rank:
-            np.testing.assert_array_equal(got.rank, 1 + (logp > logp[rows, actual][:, None]).sum(1))
 
 
 # ---- what arrives ----------------------------------------------------------------------------------------------------
@@ -260,6 +187,13 @@ def test_options_that_contradict_each_other():
         TeacherClient.openai("http://h:1/v1", tokenizer=Tokenizer(), assumed_tokenizer=Tokenizer())
 
 
+def test_both_clients_take_the_same_arguments_with_the_same_defaults():
+    ours, theirs = (inspect.signature(c.openai).parameters for c in (TeacherClient, AsyncTeacherClient))
+    assert ours == theirs
+    init = set(inspect.signature(TeacherClient).parameters) - {"url", "stock"}
+    assert init == set(ClientOptions.__annotations__), "what is passed through"
+
+
 # ---- who is there ----------------------------------------------------------------------------------------------------
 
 
@@ -365,139 +299,6 @@ def test_no_vllm_here():
 
     with pytest.raises(errors.NotFound, match="expected the base URL of a `vllm serve`"):
         info_of(Other(logprobs, WIDTH))
-
-
-# ---- failures --------------------------------------------------------------------------------------------------------
-
-TOO_LONG = "This model's maximum context length is 64 tokens. However, your prompt contains 99 input tokens."
-
-
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        (refusal(400, "bad sampling parameter"), errors.InvalidRequest),
-        (refusal(400, TOO_LONG), errors.TooLarge),
-        (refusal(401, "who are you"), errors.Unauthenticated),
-        (refusal(403, "not for you"), errors.PermissionDenied),
-        (refusal(404, "The model `x` does not exist.", "NotFoundError"), errors.NotFound),
-        (refusal(422, "no"), errors.InvalidRequest),
-        (refusal(501, "not here", "NotImplementedError"), errors.Unsupported),
-        (Refusal(418, b"teapot"), errors.InternalError),
-    ],
-)
-def test_errors_that_stay(fault, kind):
-    vllm = fake(faults=[fault])
-    with pytest.raises(kind) as caught:
-        run(vllm, lambda c: c.score(a_request(1)))
-    assert type(caught.value) is kind
-    assert f"HTTP {fault.status}" in caught.value.message
-    assert len(vllm.asked) == 1
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        refusal(429, "queue is full", retry_after="0.01"),
-        refusal(500, "EngineCore encountered an issue", "InternalServerError"),
-        refusal(503, "loading", "ServiceUnavailableError"),
-        Refusal(502, b"<html>bad gateway</html>"),
-        Refusal(504, b""),
-        Cut(),
-    ],
-)
-def test_errors_that_pass(fault):
-    vllm, request = fake(faults=[fault]), a_request(1)
-    check_scores(request, run(vllm, lambda c: c.score(request)))
-    assert len(vllm.asked) == 2
-
-
-def test_a_hanging_attempt_is_given_up_and_made_again():
-    vllm, request = fake(faults=["hang"]), a_request(1)
-    check_scores(request, run(vllm, lambda c: c.score(request), attempt_timeout_s=0.3))
-    assert len(vllm.asked) == 2
-    with pytest.raises((errors.DeadlineExceeded, errors.Unavailable), match=r"0\.5 s"):
-        run(fake(faults=["hang"]), lambda c: c.score(request), timeout_s=0.5)
-
-
-def rows_of(answer):
-    return answer["choices"][0]["prompt_logprobs"]
-
-
-def changed(what):
-    def change(answer):
-        what(rows_of(answer))
-        return answer
-
-    return change
-
-
-def _first(row):
-    return row[next(iter(row))]
-
-
-DAMAGE = {
-    "no rows at all": (lambda a: {**a, "choices": [{"index": 0, "prompt_logprobs": None}]}, "no prompt logprobs"),
-    "no JSON": (lambda a: b"<html>", "no prompt logprobs"),
-    "two choices": (lambda a: {**a, "choices": a["choices"] * 2}, "no prompt logprobs"),
-    "a row missing": (changed(lambda rows: rows.pop()), "returned 3 rows, expected 4"),
-    "an empty row": (changed(lambda rows: rows.__setitem__(2, None)), "no prompt logprobs"),
-    "an entry missing": (changed(lambda rows: [rows[2].popitem(), rows[2].popitem()]), "position 2: "),
-    "another token": (
-        changed(lambda rows: rows.__setitem__(3, {str(int(i) + 100): v for i, v in rows[3].items()})),
-        "position 3: the actual token is not among the entries",
-    ),
-    "NaN": (changed(lambda rows: _first(rows[1]).update(logprob=float("nan"))), "position 1: values that are no"),
-    "a logit": (changed(lambda rows: _first(rows[1]).update(logprob=3.0)), "position 1: values that are no"),
-    "null": (changed(lambda rows: _first(rows[1]).update(logprob=None)), "position 1: values that are no"),
-    "too much mass": (
-        changed(lambda rows: [v.update(logprob=-0.5) for v in rows[2].values()]),
-        "position 2: probabilities add up to more than 1",
-    ),
-    "one rank twice": (
-        changed(lambda rows: [v.update(rank=1) for v in rows[2].values()]),
-        "position 2: ranks do not count from 1 to 5",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_an_answer_that_does_not_fit_is_withheld_and_asked_again(name):
-    change, text = DAMAGE[name]
-    request = a_request(1)
-    vllm = fake(faults=[change])
-    check_scores(request, run(vllm, lambda c: c.score(request)))
-    assert len(vllm.asked) == 2
-    with pytest.raises(errors.InvalidBackendOutput, match=text):
-        run(fake(faults=[change] * 1000), lambda c: c.score(request), timeout_s=0.3)
-
-
-def test_key_order_of_the_rows_does_not_matter():
-    """A gateway may sort the keys of what it passes on."""
-    request = a_request(1)
-
-    def sort(rows):
-        rows[1:] = [dict(sorted(row.items())) for row in rows[1:]]
-
-    check_scores(request, run(fake(faults=[changed(sort)]), lambda c: c.score(request)))
-
-
-def test_no_more_than_max_concurrency_at_a_time():
-    vllm = fake()
-    request = a_request(12)
-
-    async def work(client):
-        await client.info()
-        vllm.hold, vllm.most_in_flight = asyncio.Event(), 0
-        asked = asyncio.create_task(client.score(request))
-        async with asyncio.timeout(10):
-            while vllm.in_flight < 3:
-                await asyncio.sleep(0.005)
-        vllm.hold.set()
-        return await asked
-
-    check_scores(request, run(vllm, work, max_concurrency=3))
-    assert vllm.most_in_flight == 3
-    assert len(vllm.asked) == 12
 
 
 # ---- teacher-check ---------------------------------------------------------------------------------------------------

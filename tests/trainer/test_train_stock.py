@@ -1,4 +1,4 @@
-"""`student-train` with a stock `vllm serve` for a teacher: the same run as with ours, and what is said of differences."""
+"""`student-train` with a stock `vllm serve` as teacher: the same run as with ours, and what is said of differences."""
 
 from __future__ import annotations
 
