@@ -8,6 +8,7 @@ from typing import Any
 
 from teacher_api.errors import Unavailable
 from teacher_server.lifecycle import Lifecycle
+from teacher_server.openai_errors import openai_error, speaks_openai
 from teacher_server.problem import problem, request_id_of
 
 
@@ -17,7 +18,9 @@ class Front:
         self.inner: Any = None  # the ASGI application, once there is one
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        probes = {"/livez": self._lifecycle.livez, "/readyz": self._lifecycle.readyz}
+        # /health is /readyz by the name that vLLM's clients ask for.
+        readyz = self._lifecycle.readyz
+        probes = {"/livez": self._lifecycle.livez, "/readyz": readyz, "/health": readyz}
         if scope["path"] in probes:
             probe = probes[scope["path"]]()
             body = json.dumps({"ok": probe.ok, "status": probe.status}).encode()
@@ -25,7 +28,8 @@ class Front:
             await _respond(send, 200 if probe.ok else 503, headers, body)
         elif self.inner is None:
             starting = Unavailable("the server is starting; /readyz says when it is ready", retry_after_s=1.0)
-            await _respond(send, *problem(starting, request_id_of(None)))
+            told = openai_error if speaks_openai(scope["path"]) else problem
+            await _respond(send, *told(starting, request_id_of(None)))
         else:
             await self.inner(scope, receive, send)
 

@@ -1,7 +1,7 @@
 """The service over HTTP: protobuf for programs, JSON for people, problem+json for errors. Maps messages and nothing
-else; rules live in service.py.
+else; rules live in service.py, the OpenAI-compatible routes in openai_api.py.
 
-A client that goes away cancels its queued work; a body is bounded while it is read and given up when it stalls.
+A client that goes away cancels its queued work.
 """
 
 from __future__ import annotations
@@ -9,34 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from google.protobuf.message import DecodeError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teacher_api import info as info_api
 from teacher_api import wire
 from teacher_api.errors import (
-    Cancelled,
     InternalError,
     InvalidRequest,
     NotFound,
     TeacherError,
-    TooLarge,
     Unavailable,
     Unsupported,
 )
 from teacher_api.v1 import teacher_pb2 as pb
-from teacher_server import json_models
+from teacher_server import json_models, openai_api
 from teacher_server.answers import FRAME_BYTES, encoded, frames_of
 from teacher_server.auth import KeyRing
+from teacher_server.http_requests import JSON, PROTOBUF, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames, Whole
+from teacher_server.openai_errors import openai_error, speaks_openai
 from teacher_server.openapi import describe
 from teacher_server.problem import REQUEST_ID_HEADER, problem, request_id_of
 from teacher_server.service import TeacherService
@@ -44,9 +42,6 @@ from teacher_server.stream import StreamSession
 from teacher_server.validation import decoded_of, jobs_of
 
 log = structlog.get_logger("teacher_server.http")
-PROTOBUF = "application/x-protobuf"
-JSON = "application/json"
-T = TypeVar("T")
 
 
 def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
@@ -55,6 +50,7 @@ def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
     app.add_exception_handler(TeacherError, _teacher_error)
     app.add_exception_handler(HTTPException, _http_exception)
     _add_routes(app, service)
+    openai_api.add_routes(app, service)
     describe(app)
     return _Envelope(app, keys)
 
@@ -64,7 +60,7 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
     async def score(request: Request) -> Response:
         kind, decoded = await _received(request, service, (PROTOBUF, JSON))
         async with contextlib.AsyncExitStack() as hold:
-            content = await _unless_gone(request, _scored(service, decoded, _id(request), kind, hold))
+            content = await unless_gone(request, _scored(service, decoded, id_of(request), kind, hold))
             return Whole(content, kind, hold.pop_all(), service.config.answer_idle_s)
 
     @app.post("/v1/score/stream", summary="The same as length-delimited protobuf frames, for large answers")
@@ -73,7 +69,9 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         service.refuse_stream_if_full()
         jobs_of(decoded, service.open_info())  # what is wrong with the whole request is a status, not a frame
         return Frames(
-            _frames(service, decoded, _id(request)), service.config.answer_idle_s, media_type="application/octet-stream"
+            _frames(service, decoded, id_of(request)),
+            service.config.answer_idle_s,
+            media_type="application/octet-stream",
         )
 
     @app.get("/v1/info", summary="Model, tokenizer, limits and features")
@@ -110,39 +108,12 @@ async def _frames(
                 yield struct.pack("<I", len(data)) + data
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits `work`, and cancels it when the client closes the connection: uvicorn does not."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Cancelled("the client went away")
-        return await task
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _received(
     request: Request, service: TeacherService, kinds: tuple[str, ...]
 ) -> tuple[str, wire.DecodedRequest]:
-    """The content type, which must be of `kinds`, and the request. The body counts as being received until it is
-    decoded, and is not kept afterwards."""
-    limit = service.config.max_request_bytes
-    declared = request.headers.get("content-length", "")
-    announced = int(declared) if declared.isdigit() else 0
-    if announced > limit:
-        raise _too_large(limit)
-    with service.receiving.body(announced) as came:
-        body = await _body(request, limit, service.config.body_idle_s, came)
-        kind = _content_type(request)
+    """The content type, which must be of `kinds`, and the request. The body is not kept afterwards."""
+    async with received(request, service) as body:
+        kind = content_type(request, PROTOBUF, JSON)
         if kind not in kinds:
             raise Unsupported(f"the stream takes {PROTOBUF} only; expected that content type", field="content-type")
         if kind == PROTOBUF:
@@ -151,48 +122,12 @@ async def _received(
         return kind, decoded_of(await asyncio.to_thread(json_models.request_from_json, body))
 
 
-async def _body(request: Request, limit: int, idle_s: float, came: Callable[[int], None]) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    stream = request.stream()
-    while True:
-        try:
-            async with asyncio.timeout(idle_s):
-                chunk = await anext(stream, None)
-        except TimeoutError:
-            raise InvalidRequest(f"the body stopped for {idle_s:g} s before its end") from None
-        except ClientDisconnect:
-            raise Cancelled("the client went away before the end of its body") from None
-        if chunk is None:
-            return b"".join(chunks)
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(limit)
-        came(len(chunk))
-        chunks.append(chunk)
-
-
-def _too_large(limit: int) -> TooLarge:
-    return TooLarge(f"the body is larger than the {limit} bytes that this server takes", field="content-length")
-
-
 def _decoded(body: bytes) -> wire.DecodedRequest:
     try:
         message = pb.ScoreRequest.FromString(body)
     except DecodeError:
         raise InvalidRequest("the body is not a teacher.v1.ScoreRequest; expected its protobuf encoding") from None
     return wire.decode_request(message)
-
-
-def _content_type(request: Request) -> str:
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind not in (PROTOBUF, JSON):
-        raise InvalidRequest(f"expected {PROTOBUF} or {JSON}", field="content-type")
-    return kind
-
-
-def _id(request: Request) -> str:
-    return str(request.scope["request_id"])
 
 
 async def _teacher_error(request: Request, error: Exception) -> Response:
@@ -213,7 +148,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 
 def _problem(request: Request, error: TeacherError, status: int | None = None) -> Response:
-    status, headers, body = problem(error, _id(request), status)
+    status, headers, body = _told(request.url.path, error, id_of(request), status)
     log.info("refused", kind=error.kind, field=error.field, status=status)
     return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
@@ -248,20 +183,28 @@ class _Envelope:
         except TeacherError as error:
             if started:
                 raise  # too late for a status: the connection is cut, and the caller sees an answer without its end
-            await _send_problem(error, request_id, with_id)
+            await _send_error(error, scope["path"], request_id, with_id)
         except asyncio.CancelledError:  # the grace is over; uvicorn would say 500, which nobody asks again after
             if started:
                 raise
             cut = Unavailable("the server shut down before this was answered; try another, or this one again")
-            await _send_problem(cut, request_id, with_id)
+            await _send_error(cut, scope["path"], request_id, with_id)
         except Exception as error:  # the process boundary: a bug must not take the server, nor show its insides
             log.error("internal_error", request_id=request_id, path=scope["path"], exc_info=error)
             if started:
                 raise
-            await _send_problem(InternalError("a bug; the server's log has it"), request_id, with_id)
+            bug = InternalError("a bug; the server's log has it")
+            await _send_error(bug, scope["path"], request_id, with_id)
 
 
-async def _send_problem(error: TeacherError, request_id: str, send: Send) -> None:
-    status, headers, body = problem(error, request_id)
+async def _send_error(error: TeacherError, path: str, request_id: str, send: Send) -> None:
+    status, headers, body = _told(path, error, request_id)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _told(
+    path: str, error: TeacherError, request_id: str, status: int | None = None
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body of `error`, in the form that callers of `path` read."""
+    return (openai_error if speaks_openai(path) else problem)(error, request_id, status)

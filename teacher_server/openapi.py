@@ -11,6 +11,8 @@ from pydantic.json_schema import models_json_schema
 
 from teacher_api.errors import KINDS
 from teacher_server.json_models import JsonScoreRequest
+from teacher_server.openai_errors import speaks_openai
+from teacher_server.openai_models import CompletionRequest
 
 REF = "#/components/schemas/{model}"
 _PROTOBUF = {"application/x-protobuf": {"schema": {"type": "string", "format": "binary"}}}
@@ -29,9 +31,11 @@ def describe(app: FastAPI) -> None:
 
 def _completed(schema: dict[str, Any]) -> dict[str, Any]:
     components = schema.setdefault("components", {}).setdefault("schemas", {})
-    _, definitions = models_json_schema([(JsonScoreRequest, "validation")], ref_template=REF)
+    bodies = [(JsonScoreRequest, "validation"), (CompletionRequest, "validation")]
+    _, definitions = models_json_schema(bodies, ref_template=REF)  # type: ignore[arg-type]  # a list of pairs it is
     components.update(definitions["$defs"])
     components["Problem"] = _problem_schema()
+    components["OpenAIError"] = _openai_error_schema()
     paths = schema["paths"]
     json_body = {"application/json": {"schema": {"$ref": REF.format(model="JsonScoreRequest")}}}
     paths["/v1/score"]["post"]["requestBody"] = {"required": True, "content": {**json_body, **_PROTOBUF}}
@@ -42,10 +46,13 @@ def _completed(schema: dict[str, Any]) -> dict[str, Any]:
         "description": "frames, each a little-endian uint32 length and a teacher.v1.ScoreFrame",
         "content": frames,
     }
-    for path in paths.values():
+    openai_body = {"application/json": {"schema": {"$ref": REF.format(model="CompletionRequest")}}}
+    paths["/v1/completions"]["post"]["requestBody"] = {"required": True, "content": openai_body}
+    for name, path in paths.items():
         for operation in path.values():
-            operation["responses"]["default"] = _problem_response("an error from the table in docs/protocol.md")
-    for name, meaning in (("livez", "the process answers"), ("readyz", "the teacher can take work")):
+            operation["responses"]["default"] = _openai_response() if speaks_openai(name) else _problem_response()
+    taking = "the teacher can take work"
+    for name, meaning in (("livez", "the process answers"), ("readyz", taking), ("health", f"{taking}, as /readyz")):
         paths[f"/{name}"] = {
             "get": {
                 "summary": f"Probe: {meaning}",
@@ -74,6 +81,22 @@ def _problem_schema() -> dict[str, Any]:
     }
 
 
-def _problem_response(meaning: str) -> dict[str, Any]:
+def _openai_error_schema() -> dict[str, Any]:
+    fields = {
+        "message": {"type": "string"},
+        "type": {"type": "string"},
+        "param": {"type": ["string", "null"]},
+        "code": {"type": "integer"},
+    }
+    inside = {"type": "object", "required": sorted(fields), "properties": fields}
+    return {"title": "OpenAIError", "type": "object", "required": ["error"], "properties": {"error": inside}}
+
+
+def _problem_response() -> dict[str, Any]:
     content = {"application/problem+json": {"schema": {"$ref": REF.format(model="Problem")}}}
-    return {"description": meaning, "content": content}
+    return {"description": "an error from the table in docs/protocol.md", "content": content}
+
+
+def _openai_response() -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": REF.format(model="OpenAIError")}}}
+    return {"description": "an error in the form of docs/openai.md", "content": content}

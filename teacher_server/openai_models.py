@@ -1,0 +1,208 @@
+"""What an OpenAI-style completions request may ask of a teacher, and the list of models. Every field of vLLM's protocol
+is either honoured, or accepted only with the value that asks for nothing; anything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from teacher_api.errors import InvalidRequest, NotFound, TeacherError, Unsupported
+from teacher_api.types import TeacherInfo
+
+MAX_BODY_BYTES = (
+    16 << 20
+)  # of JSON: more token ids than the queue takes by default; read, it takes up to 20 times as much
+_INT64 = 1 << 63
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "stream_options": (),
+    "suffix": (),
+    "stop": ([],),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "watermarking": (False,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "allowed_token_ids": (),
+    "logprob_token_ids": ([],),
+    "bad_words": ([],),
+    "prompt_embeds": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "priority": (0,),
+    "session_id": (),
+    "routed_experts_prompt_start": (0,),
+    "return_token_offsets": (False,),
+    "mm_payload": ("tensors",),
+    "return_mm_kwargs": (),
+    "cache_salt": (),
+    "kv_transfer_params": (),
+    "ec_transfer_params": (),
+    "vllm_xargs": ({},),
+    "repetition_detection": (),
+    "thinking_token_budget": (-1,),
+    "stream_interval": (),
+}
+"""Fields that a teacher can't honour, each with the values, beside null, that ask for nothing."""
+
+
+class CompletionRequest(BaseModel):
+    """The fields that are honoured."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        json_schema_extra={"example": {"prompt": [[1, 2, 3, 4]], "max_tokens": 1, "prompt_logprobs": 5}},
+    )
+
+    prompt: list[int] | list[list[int]] | str | list[str]
+    """Token ids or text; one sequence or a list of them."""
+    model: str | None = None
+    """Name of the served model; null: that one."""
+    max_tokens: int | None = Field(default=None, ge=0)
+    """0: score only; 1: the most likely next token too. Must be given: left out it means 16 to OpenAI's clients."""
+    echo: bool | None = False
+    """Give the prompt back as text, and with `logprobs` its logprobs."""
+    logprobs: int | None = Field(default=None, ge=-1)
+    """Most likely tokens at each position of the text that is given back; -1: the whole vocabulary."""
+    prompt_logprobs: int | None = Field(default=None, ge=-1)
+    """Most likely tokens at each position of the prompt; -1: all. Left out, `echo` takes `logprobs`."""
+    teacher_temperature: FiniteFloat = 1.0
+    """Divides the teacher's logits before its softmax; an extension."""
+    temperature: FiniteFloat | None = Field(default=None, ge=0)
+    """Of sampling: as in vLLM it does not touch logprobs, and the one token is always the most likely one."""
+    seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
+    """Without effect, for nothing is drawn."""
+    user: str | None = None
+    """Without effect."""
+    add_special_tokens: bool = True
+    """Whether text prompts get the tokenizer's special tokens."""
+    skip_special_tokens: bool = True
+    """Whether the generated token's text is empty where it is a special one."""
+    ignore_eos: bool = False
+    """An end token finishes with `length`, and its text is given."""
+    return_tokens_as_token_ids: bool | None = None
+    """Name tokens `token_id:<id>` in `logprobs`."""
+    return_token_ids: bool | None = None
+    """Give the ids of prompt and generated token; `echo` then leaves the prompt's text out, as in vLLM."""
+    request_id: str | None = None
+    """Part of the answer's id, where the header x-request-id was not sent."""
+
+    @property
+    def generates(self) -> bool:
+        return self.max_tokens == 1
+
+    @property
+    def prompt_k(self) -> int | None:
+        """Entries beside the actual token at each position of the prompt; None: no logprobs of the prompt."""
+        return self.logprobs if self.prompt_logprobs is None and self.echo else self.prompt_logprobs
+
+
+def request_from_json(body: bytes) -> CompletionRequest:
+    """Raises TeacherError that names the first wrong field; never repeats what was sent."""
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("the body is not JSON; expected an object") from None
+    if not isinstance(values, dict):
+        raise InvalidRequest("the body is not a JSON object")
+    honoured = {name: value for name, value in values.items() if name in CompletionRequest.model_fields}
+    for name, value in values.items():
+        if name not in honoured:
+            _check_neutral(name, value)
+    for name in ("add_special_tokens", "skip_special_tokens", "ignore_eos", "teacher_temperature"):
+        if honoured.get(name, 0) is None:
+            del honoured[name]
+    try:
+        asked = CompletionRequest.model_validate(honoured)
+    except ValidationError as error:
+        raise _first(error) from None
+    if asked.max_tokens is None:
+        raise InvalidRequest(
+            "left out, it means 16 tokens, and this server scores: expected 0 or 1", field="max_tokens"
+        )
+    if asked.max_tokens > 1:
+        raise Unsupported(
+            f"got {asked.max_tokens}; this server scores and generates at most the one next token: expected 0 or 1",
+            field="max_tokens",
+        )
+    if not asked.prompt:
+        raise InvalidRequest("empty; expected at least one token", field="prompt")
+    return asked
+
+
+def _check_neutral(name: str, value: Any) -> None:
+    if name not in NEUTRAL:
+        raise InvalidRequest("this server knows no such field", field=name[:64])
+    if value is None or value in NEUTRAL[name]:
+        return
+    allowed = " or ".join(json.dumps(each) for each in (*NEUTRAL[name], None))
+    raise Unsupported(f"this server scores and can't honour it; expected {allowed}", field=name)
+
+
+def _first(error: ValidationError) -> TeacherError:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    name = str(first["loc"][0])
+    if name == "prompt":  # pydantic tells of each form that it tried
+        return InvalidRequest("expected a text, a list of token ids, or a list of either", field=name)
+    return InvalidRequest(first["msg"], field=name)
+
+
+def check_model(asked: CompletionRequest, info: TeacherInfo) -> None:
+    """Raises NotFound unless `asked` names the served model or none."""
+    if asked.model and asked.model != info.model_name:
+        raise NotFound(
+            f"The model `{asked.model[:128]}` does not exist. This server has `{info.model_name}`.", field="model"
+        )
+
+
+def model_list(info: TeacherInfo, created: int) -> dict[str, Any]:
+    """The answer of /v1/models: the one model, in the shape of vLLM's."""
+    permission = {
+        "id": f"modelperm-{info.fingerprint}",
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": False,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    card = {
+        "id": info.model_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "preceptor",
+        "root": info.model_name,
+        "parent": None,
+        "max_model_len": info.max_sequence_tokens,
+        "permission": [permission],
+    }
+    return {"object": "list", "data": [card]}
+
+
+def now() -> int:
+    return int(time.time())
