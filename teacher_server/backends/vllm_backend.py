@@ -47,6 +47,7 @@ class _Plan:
 
     facts: ModelFacts
     arguments: dict[str, Any]  # of the engine, whatever the path
+    environment: dict[str, str]  # while an engine starts
     config: Any  # vllm's ModelConfig
     directory: Path
 
@@ -166,7 +167,7 @@ class VllmBackend(ScoringBackend):
         for name in sorted(own.keys() & self._user_arguments.keys() - {"hf_overrides", "additional_config"}):
             if self._user_arguments[name] != own[name]:
                 raise ValueError(f"engine argument {name!r} is always {own[name]!r} on the {path.name} path")
-        self._host.start(AsyncEngineArgs(**{**path.defaults(), **plan.arguments, **own}))
+        self._host.start(AsyncEngineArgs(**{**path.defaults(), **plan.arguments, **own}), plan.environment)
         if isinstance(path, FusedPath):
             check_answers(lambda jobs: self._host.run_blocking(self._asked(path, jobs)), plan.facts, plan.directory)
 
@@ -232,8 +233,8 @@ class VllmBackend(ScoringBackend):
             engine="vllm",
             engine_version=f"vllm {vllm.__version__}, torch {torch.__version__}",
         )
-        processes = int(self._user_arguments.get("tensor_parallel_size", 1))
-        return _Plan(facts, {**_defaults(config, limit, processes), **base}, config, directory)
+        arguments = {**_defaults(config, limit), **base}
+        return _Plan(facts, arguments, self._environment(config, limit), config, directory)
 
     def _check_arguments(self, known: set[str]) -> None:
         for name in self._user_arguments:
@@ -257,9 +258,18 @@ class VllmBackend(ScoringBackend):
         asked = self._max_sequence_tokens
         if asked > own:
             raise ValueError(f"max_sequence_tokens is {asked}, but the model has only {own} positions")
-        if asked in (0, own):
-            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         return asked or own
+
+    def _environment(self, config: Any, limit: int) -> dict[str, str]:
+        from vllm.platforms import current_platform
+
+        result = {}
+        if limit == int(config.max_model_len):
+            result["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # for the one token more
+        if current_platform.is_cpu():
+            # vLLM divides NUMA nodes among its processes, and refuses more processes than nodes.
+            result["VLLM_CPU_OMP_THREADS_BIND"] = _cores(int(self._user_arguments.get("tensor_parallel_size", 1)))
+        return result
 
 
 def _model_config(engine_args: Any, directory: Path) -> Any:
@@ -280,15 +290,13 @@ def _cores(processes: int) -> str:
     return "|".join(",".join(map(str, cores[i * share : (i + 1) * share])) for i in range(processes))
 
 
-def _defaults(config: Any, limit: int, processes: int) -> dict[str, Any]:
+def _defaults(config: Any, limit: int) -> dict[str, Any]:
     """Engine arguments that a teacher wants and vLLM does not choose by itself; the user's own come after them."""
     from vllm.platforms import current_platform
 
     result: dict[str, Any] = {"enforce_eager": True}  # nothing is generated: captured graphs would lengthen the start
     if not current_platform.is_cpu():
         return result
-    # vLLM divides NUMA nodes among its processes, and refuses more processes than nodes.
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores(processes))
     if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         # Left alone, vLLM takes most of the machine's memory. Room for four of the longest sequences.
         per_token = 2 * config.get_total_num_hidden_layers() * config.get_total_num_kv_heads() * config.get_head_size()

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
 from teacher_api.errors import BackendFailed, InvalidRequest
@@ -52,18 +52,24 @@ class EngineHost:
     def __init__(self) -> None:
         self._engine: Any = None  # vllm's AsyncLLM
         self._arguments: Any = None  # vllm.AsyncEngineArgs
+        self._environment: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
         self._revival: concurrent.futures.Future[None] | None = None
         self._revive_from = 0.0  # by the monotonic clock: no start before, for the last one failed
         self._request_ids = itertools.count()
 
-    def start(self, arguments: Any) -> None:
-        """Blocks until the engine is up, or raises ValueError of one line."""
+    def start(self, arguments: Any, environment: Mapping[str, str]) -> None:
+        """Blocks until the engine is up, or raises ValueError of one line.
+
+        Args:
+            environment: of the engine's processes, where ours says nothing else. Ours is left as it is: the next
+                engine, and what else this process starts, may need another.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-front-end", daemon=True)
             self._thread.start()
-        self._arguments = arguments
+        self._arguments, self._environment = arguments, dict(environment)
         self.run_blocking(self._start())
 
     def stop(self) -> None:
@@ -138,7 +144,8 @@ class EngineHost:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            self._engine = AsyncLLM.from_engine_args(self._arguments)
+            with _added_to_environment(self._environment):
+                self._engine = AsyncLLM.from_engine_args(self._arguments)
         except (RuntimeError, ValueError, OSError, NotImplementedError, AssertionError) as error:
             raise ValueError(
                 f"vLLM could not start with {self._arguments.model!r}: {one_line(error)}; the cause is in its log above"
@@ -168,6 +175,17 @@ async def _cancel_all() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _added_to_environment(names: Mapping[str, str]) -> Iterator[None]:
+    added = names.keys() - os.environ.keys()
+    os.environ.update({name: names[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def one_line(error: BaseException) -> str:
