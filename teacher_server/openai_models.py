@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from teacher_api.errors import InvalidRequest, NotFound, TeacherError, Unsupported
 from teacher_api.types import TeacherInfo
 
-MAX_BODY_BYTES = (
-    16 << 20
-)  # of JSON: more token ids than the queue takes by default; read, it takes up to 20 times as much
+MAX_BODY_BYTES = 16 << 20
+"""Of JSON: more token ids than the queue takes by default. Read, it takes up to 20 times as much memory."""
 _INT64 = 1 << 63
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from teacher_api.types import LOGPROB_FLOOR, Candidates, ScoreOptions
-from teacher_server.backends.topk import BLOCK, blocks_of, top_k_by_id
+from teacher_server.backends.topk import Blocks, top_k_by_id
 
 Head = Callable[[Tensor], Tensor]  # [n, H] -> logits [n, W], or this shard's columns of them
 
@@ -27,6 +27,9 @@ CHUNK_BYTES = 32 << 20
 """Float32 logits of one chunk: large enough that the product is efficient, small enough to stay out of the way."""
 SLICE_BYTES = 1 << 20
 """Of a chunk, what a CPU takes through all passes at a time, so that the later ones find it in its cache."""
+EFFICIENT_ROWS = 128
+"""A product of fewer rows is bound by reading the head's weights."""
+SMALLEST_SLICE = 4  # rows: with fewer, what it costs to call each pass shows
 SMALLEST_SUM = 1e-30
 """A float32 sum of exponentials under this has lost digits to underflow and is taken again from its own maximum."""
 
@@ -77,8 +80,10 @@ class Shard(Protocol):
 
 
 def auto_chunk_rows(logit_width: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Rows whose float32 logits fill `chunk_bytes`; at least 1."""
-    return max(1, chunk_bytes // (4 * logit_width))
+    """Rows whose float32 logits fill `chunk_bytes`; where those are fewer than EFFICIENT_ROWS, that many, in up to four
+    times the bytes; at least 1."""
+    row_bytes = 4 * logit_width
+    return max(1, chunk_bytes // row_bytes, min(EFFICIENT_ROWS, 4 * chunk_bytes // row_bytes))
 
 
 @torch.inference_mode()
@@ -115,25 +120,13 @@ def score_rows(
     out = _allocate(num_rows, options, candidates, tokenizer_size, device)
     asked = _Asked.of(candidates, num_rows, device)
     for start in range(0, num_rows, chunk_rows):
-        stop = min(start + chunk_rows, num_rows)
-        logits_nW = head(hidden_NH[start:stop])
-        step = max(1, SLICE_BYTES // (4 * logits_nW.shape[-1])) if device.type == "cpu" else stop - start
-        for first in range(start, stop, step):
-            rows = slice(first, min(first + step, stop))
-            part = asked.slice(rows)
-            z_nW = logits_nW[first - start : rows.stop - start].float()
-            if options.temperature != 1.0:
-                z_nW = z_nW / options.temperature
-            pieces = _pieces(z_nW, targets_N[rows], part, options, tokenizer_size, shard)
-            if shard is not None:
-                pieces = shard.merge(pieces, part.rows, part.ids, targets_N[rows])
-            _write(out, rows, part.where, part.rows, pieces)
-            if options.top_k == "all":
-                assert out.topk_logprob is not None
-                from_top_nV = z_nW[:, :tokenizer_size] - pieces.top[:, None]
-                out.topk_logprob[rows] = _values(from_top_nV - pieces.lse[:, None])
-                del from_top_nV
-        del logits_nW, z_nW  # before the next chunk's are made
+        rows = slice(start, min(start + chunk_rows, num_rows))
+        part = asked.slice(rows)
+        whole_nV = out.topk_logprob[rows] if options.top_k == "all" and out.topk_logprob is not None else None
+        pieces = _Chunk(head(hidden_NH[rows]), targets_N[rows], part, options, tokenizer_size, shard).pieces(whole_nV)
+        if shard is not None:
+            pieces = shard.merge(pieces, part.rows, part.ids, targets_N[rows])
+        _write(out, rows, part.where, part.rows, pieces)
     return out
 
 
@@ -161,10 +154,10 @@ def _allocate(
 class _Asked:
     """Candidates of some rows, flat."""
 
-    where: slice  # of Candidates.ids
+    where: slice  # of the ids of all rows that these rows were taken from
     rows: Tensor  # int64 [m], counted within those rows
     ids: Tensor  # int64 [m]
-    offsets: np.ndarray
+    offsets: np.ndarray  # from 0
 
     @classmethod
     def of(cls, candidates: Candidates | None, num_rows: int, device: torch.device) -> _Asked:
@@ -179,85 +172,164 @@ class _Asked:
     def slice(self, rows: slice) -> _Asked:
         offsets = self.offsets[rows.start : rows.stop + 1]
         where = slice(int(offsets[0]), int(offsets[-1]))
-        return _Asked(where, self.rows[where] - rows.start, self.ids[where], offsets)
+        return _Asked(where, self.rows[where] - rows.start, self.ids[where], offsets - offsets[0])
 
 
-def _pieces(
-    z_nW: Tensor, targets_n: Tensor, asked: _Asked, options: ScoreOptions, tokenizer_size: int, shard: Shard | None
-) -> Pieces:
-    """Takes `z_nW` as it is; the one other tensor of its size holds exp(z − top)."""
-    width, first = z_nW.shape[-1], 0 if shard is None else shard.first
-    num_blocks, known = width // BLOCK, min(max(tokenizer_size - first, 0), width)
-    block_max_nB = blocks_of(z_nW, num_blocks).amax(-1)
-    top_n = torch.cat([block_max_nB, z_nW[:, num_blocks * BLOCK :]], dim=-1).amax(-1)
-    exp_nW = (z_nW - top_n[:, None]).exp_()
-    sum_n = exp_nW.sum(-1)
-    token_n = _at(z_nW, torch.arange(len(z_nW), device=z_nW.device), targets_n - first)
-    mean_n = larger_n = None
-    if options.entropy:
-        from_top_nW = (z_nW - top_n[:, None]).clamp_min_(LOGPROB_FLOOR)  # 0 · −inf is no number
-        mean_n = from_top_nW.mul_(exp_nW).sum(-1, dtype=torch.float64).float() / sum_n
-    if options.rank:
-        everyones_n = token_n if shard is None else shard.token(token_n)
-        larger_n = (z_nW > everyones_n[:, None]).sum(-1)
+class _Chunk:
+    """The logits of a chunk of rows, taken through all passes some rows at a time: what is as wide as the logits exists
+    for those rows only, and what is narrow is worked on for all rows together.
 
-    topk_nK, ids_nK = z_nW[:, :0], targets_n[:, None][:, :0]
-    if options.top_k not in (0, "all") and known:
-        usable = block_max_nB[:, : known // BLOCK]
-        topk_nK, ids_nK = top_k_by_id(z_nW[:, :known], min(int(options.top_k), known), usable)
-    few = 0 if options.top_k == "all" else int(options.top_k) - topk_nK.shape[1]  # a narrow shard's
-    inside = _Inside(
-        known if options.top_k == "all" else 0,
-        ids_nK,
-        torch.cat([asked.rows, torch.arange(len(z_nW), device=z_nW.device)]),
-        torch.cat([asked.ids, targets_n]) - first,
-    )
-    return Pieces(
-        top=top_n,
-        lse=sum_n.log(),
-        token=token_n - top_n,
-        tail=_tail(z_nW, exp_nW, top_n, inside),
-        topk=pad(topk_nK - top_n[:, None], (0, few), value=-torch.inf),
-        topk_ids=pad(ids_nK + first, (0, few), value=-1),
-        candidates=_at(z_nW, asked.rows, asked.ids - first) - top_n[asked.rows],
-        mean=mean_n,
-        larger=larger_n,
-    )
+    Args:
+        logits_nW: of any float type, before the temperature; not changed.
+    """
 
+    def __init__(
+        self,
+        logits_nW: Tensor,
+        targets_n: Tensor,
+        asked: _Asked,
+        options: ScoreOptions,
+        tokenizer_size: int,
+        shard: Shard | None,
+    ) -> None:
+        self._logits_nW = logits_nW
+        self._asked = asked
+        self._options = options
+        self._shard = shard
+        self._num_rows, self._width = logits_nW.shape
+        first = 0 if shard is None else shard.first
+        self._first = first
+        self._known = min(max(tokenizer_size - first, 0), self._width)
+        self._columns_n, self._columns_m = targets_n - first, asked.ids - first
+        self._k = 0 if options.top_k == "all" else min(int(options.top_k), self._known)
+        self._blocks = Blocks.for_search(self._known, self._k) if self._k else None
+        self._stride = self._width + (shard is not None)  # of the exponentials: see _here
 
-def _at(z_nW: Tensor, rows_m: Tensor, columns_m: Tensor) -> Tensor:
-    """z[rows, columns]; −inf for columns that are not here."""
-    width = z_nW.shape[-1]
-    values = z_nW[rows_m, columns_m.clamp(0, width - 1)]
-    return torch.where((columns_m >= 0) & (columns_m < width), values, -torch.inf)
+    def pieces(self, whole_nV: Tensor | None) -> Pieces:
+        """Args: whole_nV: gets log p of the columns below the tokenizer's size, where they are asked for."""
+        all_n = torch.arange(self._num_rows, device=self._logits_nW.device)
+        token_n = self._at(all_n, self._columns_n)
+        everyones_n = None
+        if self._options.rank:
+            everyones_n = token_n if self._shard is None else self._shard.token(token_n)
+        named_n = self._here(self._columns_n)
+        named_m = self._asked.rows * self._stride + self._here(self._columns_m)
+        step = self._num_rows
+        if self._logits_nW.device.type == "cpu":
+            step = max(SMALLEST_SLICE, SLICE_BYTES // (4 * self._width))
+        scratch_nW = self._logits_nW.new_empty((min(step, self._num_rows), self._stride), dtype=torch.float32)
+        parts = []
+        for start in range(0, self._num_rows, step):
+            rows = slice(start, min(start + step, self._num_rows))
+            of = self._asked.slice(rows).where
+            flat_m = named_m[of] - start * self._stride
+            parts.append(
+                self._pass(
+                    rows,
+                    scratch_nW[: rows.stop - start],
+                    named_n[rows],
+                    flat_m,
+                    None if everyones_n is None else everyones_n[rows],
+                    None if whole_nV is None else whole_nV[rows],
+                )
+            )
+        top_n, sum_n, rest_n, topk_nK, ids_nK, mean_n, larger_n = (
+            x[0] if len(x) == 1 or x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)
+        )
+        few = 0 if self._options.top_k == "all" else int(self._options.top_k) - self._k  # a narrow shard's
+        return Pieces(
+            top=top_n,
+            lse=sum_n.log(),
+            token=token_n - top_n,
+            tail=self._log_tail(rest_n, top_n, ids_nK),
+            topk=pad(topk_nK - top_n[:, None], (0, few), value=-torch.inf),
+            topk_ids=pad(ids_nK + self._first, (0, few), value=-1),
+            candidates=self._at(self._asked.rows, self._columns_m) - top_n[self._asked.rows],
+            mean=mean_n,
+            larger=larger_n,
+        )
 
+    def _pass(
+        self,
+        rows: slice,
+        scratch_nW: Tensor,
+        named_n: Tensor,
+        named_m: Tensor,
+        everyones_n: Tensor | None,
+        whole_nV: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Of a slice of rows: top, Σ exp(z − top) over all columns and over those that the answer does not name, the
+        top-k and their ids, Σ p z, and how many columns are larger than the actual token's.
 
-@dataclass(frozen=True, slots=True)
-class _Inside:
-    """Columns that the answer names, and the tail leaves out; those of other shards among them."""
+        Args:
+            scratch_nW: [n, W], for the exponentials; with a shard [n, W + 1].
+            named_n, named_m: where in it the actual tokens (their columns) and the candidates (flat) are.
+        """
+        z_nW = self._z(rows)
+        known, options = self._known, self._options
+        topk_nK, ids_nK = z_nW[:, :0], named_n[:, None][:, :0]
+        if self._blocks is not None:
+            maxima_nB = self._blocks.maxima(z_nW[:, :known])
+            top_n = maxima_nB.amax(-1)
+            if self._blocks.covered < self._width:
+                top_n = torch.maximum(top_n, z_nW[:, self._blocks.covered :].amax(-1))
+            topk_nK, ids_nK = top_k_by_id(z_nW[:, :known], self._k, self._blocks, maxima_nB)
+        else:
+            top_n = z_nW.amax(-1)
+            if self._k:
+                topk_nK, ids_nK = top_k_by_id(z_nW[:, :known], self._k)
+        exp_nW = scratch_nW[:, : self._width]
+        torch.sub(z_nW, top_n[:, None], out=exp_nW).exp_()
+        sum_n = exp_nW.sum(-1)
+        mean_n = larger_n = None
+        if options.entropy:
+            from_top_nW = (z_nW - top_n[:, None]).clamp_min_(LOGPROB_FLOOR)  # 0 · −inf is no number
+            mean_n = from_top_nW.mul_(exp_nW).sum(-1, dtype=torch.float64).float() / sum_n
+        if everyones_n is not None:
+            larger_n = (z_nW > everyones_n[:, None]).sum(-1)
+        if whole_nV is not None:
+            whole_nV.copy_(_values((z_nW[:, :known] - top_n[:, None]).sub_(sum_n.log()[:, None])))
+            exp_nW[:, :known] = 0.0
+        exp_nW.scatter_(1, ids_nK, 0.0)
+        scratch_nW.scatter_(1, named_n[:, None], 0.0)
+        if len(named_m):
+            scratch_nW.view(-1).index_fill_(0, named_m, 0.0)
+        return top_n, sum_n, exp_nW.sum(-1), topk_nK, ids_nK, mean_n, larger_n
 
-    whole: int  # the first so many columns of every row
-    topk_nK: Tensor
-    rows_m: Tensor
-    columns_m: Tensor
+    def _log_tail(self, rest_n: Tensor, top_n: Tensor, ids_nK: Tensor) -> Tensor:
+        """log of `rest_n`; taken again from the rest's own maximum where the sum has lost its digits."""
+        tail_n = rest_n.log()
+        small = (rest_n < SMALLEST_SUM).nonzero()[:, 0]
+        step = max(SMALLEST_SLICE, SLICE_BYTES // (4 * self._width))
+        for rows in small.split(step):
+            place_n = rows.new_full((self._num_rows,), -1)
+            place_n[rows] = torch.arange(len(rows), device=rows.device)
+            mine = (place_n[self._asked.rows] >= 0).nonzero()[:, 0]
+            rest_nW = pad(self._z(rows) - top_n[rows, None], (0, self._stride - self._width))
+            if self._options.top_k == "all":
+                rest_nW[:, : self._known] = -torch.inf
+            rest_nW.scatter_(1, ids_nK[rows], -torch.inf)
+            rest_nW.scatter_(1, self._here(self._columns_n[rows])[:, None], -torch.inf)
+            rest_nW[place_n[self._asked.rows[mine]], self._here(self._columns_m[mine])] = -torch.inf
+            tail_n[rows] = rest_nW[:, : self._width].logsumexp(-1)
+        return tail_n
 
-    def fill_(self, values_nW: Tensor, value: float) -> Tensor:
-        here_m = (self.columns_m >= 0) & (self.columns_m < values_nW.shape[-1])
-        values_nW[:, : self.whole] = value
-        values_nW.scatter_(1, self.topk_nK, value)
-        values_nW[self.rows_m[here_m], self.columns_m[here_m]] = value
-        return values_nW
+    def _z(self, rows: slice | Tensor) -> Tensor:
+        z_nW = self._logits_nW[rows].float()
+        return z_nW if self._options.temperature == 1.0 else z_nW / self._options.temperature
 
+    def _here(self, columns: Tensor) -> Tensor:
+        """Columns of other shards as one behind the last."""
+        if self._shard is None:
+            return columns
+        return torch.where((columns >= 0) & (columns < self._width), columns, self._width)
 
-def _tail(z_nW: Tensor, exp_nW: Tensor, top_n: Tensor, inside: _Inside) -> Tensor:
-    """logsumexp(z) − top over the columns outside; overwrites `exp_nW`."""
-    tail_n = inside.fill_(exp_nW, 0.0).sum(-1)
-    small_n = tail_n < SMALLEST_SUM
-    log_tail_n = tail_n.log()
-    if bool(small_n.any()):
-        rest_nW = inside.fill_(torch.sub(z_nW, top_n[:, None], out=exp_nW), -torch.inf)
-        log_tail_n[small_n] = rest_nW[small_n].logsumexp(-1)
-    return log_tail_n
+    def _at(self, rows_m: Tensor, columns_m: Tensor) -> Tensor:
+        """z[rows, columns]; −inf for columns that are not here."""
+        z_m = self._logits_nW[rows_m, columns_m.clamp(0, self._width - 1)].float()
+        if self._options.temperature != 1.0:
+            z_m = z_m / self._options.temperature
+        return torch.where((columns_m >= 0) & (columns_m < self._width), z_m, -torch.inf)
 
 
 def _write(out: RowScores, rows: slice, asked: slice, asked_rows_m: Tensor, pieces: Pieces) -> None:

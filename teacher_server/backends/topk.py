@@ -1,6 +1,6 @@
 """Exact top-k of rows of logits with a fixed order among equals, searching few of the columns.
 
-Shape legend: n rows, V columns, k entries, B blocks of BLOCK columns.
+Shape legend: n rows, V columns, k entries, B blocks, J entries of a block, c entries searched.
 """
 
 from __future__ import annotations
@@ -8,32 +8,75 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 128
-"""Columns of one block of the search."""
+BLOCK_ENTRIES = (16, 32, 64)
+NEIGHBOURS = 128  # columns of a block where equal entries have to be told apart
 
 
-def top_k_by_id(values_nV: Tensor, k: int, block_max_nB: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class Blocks:
+    """A row's columns in blocks, of which few have to be searched: the k largest entries lie in the k blocks with the
+    largest maxima.
+
+    Entry j of block b is column b + j * B: maxima over such blocks are taken of whole vectors of neighbouring columns,
+    which is as fast as reading them. The last V - B * J columns are in no block and are always searched.
+
+    Args:
+        width: V.
+        entries: J.
+    """
+
+    def __init__(self, width: int, entries: int) -> None:
+        self.width = width
+        self.entries = entries
+        self.number = width // entries
+        self.covered = self.number * entries
+
+    @classmethod
+    def for_search(cls, width: int, k: int) -> Blocks | None:
+        """Those with which the k largest of `width` entries are found soonest: about V / J + k * J are looked at.
+        None where that is no less than all."""
+        entries = next((j for j in BLOCK_ENTRIES if j * j * k >= width / 2), BLOCK_ENTRIES[-1])
+        return cls(width, entries) if 2 * (k + 1) < width // entries else None
+
+    def maxima(self, values_nV: Tensor) -> Tensor:
+        """[n, B]."""
+        return values_nV[:, : self.covered].unflatten(1, (self.entries, self.number)).amax(1)
+
+    def columns(self, chosen_nb: Tensor) -> Tensor:
+        """Ids [n, c] of the entries of the chosen blocks, and of the columns that are in none."""
+        device = chosen_nb.device
+        firsts = torch.arange(self.entries, device=device) * self.number
+        inside = (chosen_nb[:, :, None] + firsts).flatten(1)
+        if self.covered == self.width:
+            return inside
+        rest = torch.arange(self.covered, self.width, device=device).expand(len(inside), -1)
+        return torch.cat([inside, rest], dim=-1)
+
+
+def top_k_by_id(
+    values_nV: Tensor, k: int, blocks: Blocks | None = None, maxima_nB: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(values, ids int64) [n, k] of the k largest entries per row, descending; equal values by ascending id.
 
-    The k largest entries lie in the k blocks with the largest maxima, so only those are searched. torch.topk leaves
-    open which of several equal entries it returns: one entry more is taken, and rows in which two neighbours are equal
-    are chosen again by (value, id).
+    torch.topk leaves open which of several equal entries it returns: one entry more is taken, and rows in which two
+    neighbours are equal are chosen again by (value, id).
 
     Args:
         values_nV: float32, no NaN.
         k: 1 <= k <= V.
-        block_max_nB: maxima of the V // BLOCK whole blocks, where the caller has them.
+        blocks, maxima_nB: of `values_nV` (`for_search`), where the caller has them.
     """
     width = values_nV.shape[-1]
     if k >= width:
         values, ids = torch.sort(values_nV, dim=-1, descending=True, stable=True)
         return values[:, :k], ids[:, :k]
-    num_blocks = width // BLOCK
-    if 2 * (k + 1) >= num_blocks:
+    blocks = blocks or Blocks.for_search(width, k)
+    if blocks is None:
         values, ids = values_nV.topk(k + 1, dim=-1)
     else:
-        maxima = _block_max(values_nV, num_blocks) if block_max_nB is None else block_max_nB
-        values, ids = _search(values_nV, maxima.topk(k + 1, dim=-1, sorted=False).indices, num_blocks, k + 1)
+        maxima_nB = blocks.maxima(values_nV) if maxima_nB is None else maxima_nB
+        searched = blocks.columns(maxima_nB.topk(k + 1, dim=-1, sorted=False).indices)
+        values, places = values_nV.gather(1, searched).topk(k + 1, dim=-1)
+        ids = searched.gather(1, places)
     tied_n = (values[:, 1:] == values[:, :-1]).any(-1)
     values, ids = values[:, :k], ids[:, :k]
     if bool(tied_n.any()):
@@ -42,45 +85,21 @@ def top_k_by_id(values_nV: Tensor, k: int, block_max_nB: Tensor | None = None) -
     return values, ids
 
 
-def _block_max(values_nV: Tensor, num_blocks: int) -> Tensor:
-    return blocks_of(values_nV, num_blocks).amax(-1)
-
-
-def blocks_of(values_nV: Tensor, num_blocks: int) -> Tensor:
-    """A view [n, B, BLOCK] of the first columns."""
-    row, column = values_nV.stride()
-    shape = (len(values_nV), num_blocks, BLOCK)
-    return values_nV.as_strided(shape, (row, BLOCK * column, column), values_nV.storage_offset())
-
-
-def _search(values_nV: Tensor, chosen_nc: Tensor, num_blocks: int, k: int) -> tuple[Tensor, Tensor]:
-    """Top-k of the chosen blocks and of the columns after the last whole block."""
-    covered, num_chosen = num_blocks * BLOCK, chosen_nc.shape[1]
-    blocks = blocks_of(values_nV, num_blocks)
-    searched = blocks.gather(1, chosen_nc[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
-    if covered < values_nV.shape[1]:
-        searched = torch.cat([searched, values_nV[:, covered:]], dim=-1)
-    values, places = searched.topk(k, dim=-1)
-    block = places.div(BLOCK, rounding_mode="floor")
-    ids = chosen_nc.gather(1, block.clamp_max(num_chosen - 1)) * BLOCK + places % BLOCK
-    return values, torch.where(block < num_chosen, ids, places - num_chosen * BLOCK + covered)
-
-
 def _top_k_of_keys(values_nV: Tensor, k: int) -> Tensor:
     """Ids [n, k] by (value descending, id ascending), as integers that order the same.
 
-    The same search by blocks holds: of blocks with equal maxima the first is taken, and an entry of a block that k
-    others precede in (maximum, place) is itself preceded by k entries.
+    The search goes by blocks of neighbours here: of blocks with equal maxima the first is taken, and an entry of a
+    block that k others precede in (maximum, place) is itself preceded by k entries.
     """
     width = values_nV.shape[-1]
-    num_blocks = width // BLOCK
-    if 2 * (k + 1) < num_blocks:
-        maxima = _block_max(values_nV, num_blocks)
-        chosen = order_keys(maxima, torch.arange(num_blocks, device=maxima.device)).topk(k, dim=-1).indices
-        blocks = chosen.sort(dim=-1).values  # places then ascend with ids
-        inside = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)).flatten(1)
-        after = torch.arange(num_blocks * BLOCK, width, device=blocks.device).expand(len(blocks), -1)
-        ids = torch.cat([inside, after], dim=-1)
+    number = width // NEIGHBOURS
+    if 2 * (k + 1) < number:
+        covered = number * NEIGHBOURS
+        maxima = values_nV[:, :covered].unflatten(1, (number, NEIGHBOURS)).amax(-1)
+        chosen = order_keys(maxima, torch.arange(number, device=maxima.device)).topk(k, dim=-1).indices
+        ids = (chosen[:, :, None] * NEIGHBOURS + torch.arange(NEIGHBOURS, device=chosen.device)).flatten(1)
+        after = torch.arange(covered, width, device=chosen.device).expand(len(chosen), -1)
+        ids = torch.cat([ids, after], dim=-1)
     else:
         ids = torch.arange(width, device=values_nV.device).expand(len(values_nV), -1)
     places = order_keys(values_nV.gather(1, ids), ids).topk(k, dim=-1).indices

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from teacher_api.types import LOGPROB_FLOOR, Candidates, ScoreOptions
 from teacher_server.backends.rows import auto_chunk_rows, score_rows
-from teacher_server.backends.topk import BLOCK, top_k_by_id
+from teacher_server.backends.topk import top_k_by_id
 
 F64 = npt.NDArray[np.float64]
 
@@ -180,7 +180,7 @@ def test_ties_go_to_the_smaller_id(width: int, k: int, levels: int) -> None:
     values = torch.randint(0, levels, (60, width), generator=torch.Generator().manual_seed(k)).float()
     values[0], values[1, 1:], values[2, :-1] = 5.0, -torch.inf, -torch.inf
     values[3] = 0.0
-    values[3, BLOCK // 2 :: BLOCK] = 1.0  # more blocks than k, with one of the equal entries each
+    values[3, 5:55] = 1.0  # in the wide ones: in more blocks than k, one of the equal entries in each
     got_values, got_ids = top_k_by_id(values, k)
     for row, ids, top in zip(values.tolist(), got_ids.tolist(), got_values.tolist(), strict=True):
         expected = sorted(range(width), key=lambda i: (-row[i], i))[:k]
@@ -210,5 +210,7 @@ def test_logits_exist_for_one_chunk_at_a_time(k: Any) -> None:
 
 
 def test_the_chunk_follows_the_vocabulary() -> None:
-    assert auto_chunk_rows(151_936) == 55  # 55 rows of 151,936 float32 logits are 31.9 MiB
+    assert auto_chunk_rows(32_000) == 262  # rows of 32,000 float32 logits: 32.0 MiB
+    assert auto_chunk_rows(151_936) == 128  # 74 MiB: fewer rows would be bound by the weights
+    assert auto_chunk_rows(1_000_000) == 33  # 126 MiB, and never more than 128
     assert auto_chunk_rows(10**9) == 1

@@ -59,7 +59,9 @@ def _loaded(checkpoint: Path, **arguments: object) -> Iterator[ScoringBackend]:
 
     own = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 27, **arguments}
     backend = VllmBackend(str(checkpoint), scoring_path="fused", engine_args=own)
+    threads = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
     backend.facts = backend.load()  # type: ignore[attr-defined]
+    assert os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == threads, "the next engine may need other threads"
     yield backend
     asyncio.run(backend.close())
 
@@ -154,11 +156,13 @@ def test_float16_values_are_those_of_float32_rounded(fused: ScoringBackend) -> N
     np.testing.assert_allclose(two.topk_logprob.astype(np.float32), one.topk_logprob, rtol=2**-11, atol=1e-5)
 
 
-def test_many_requests_leave_the_answers_alone(fused: ScoringBackend, reference: torch.nn.Module) -> None:
-    jobs = [job(random_tokens(seed, 2 + seed % 30, VOCABULARY), top_k=2) for seed in range(400)]
-    answers = score(fused, *jobs)
-    chosen = range(0, 400, 23)
-    check_all([jobs[i] for i in chosen], [answers[i] for i in chosen], reference)
+@pytest.mark.parametrize("number", [400, pytest.param(10_000, marks=pytest.mark.long)])
+def test_many_requests_leave_the_answers_alone(fused: ScoringBackend, reference: torch.nn.Module, number: int) -> None:
+    for start in range(0, number, 400):
+        jobs = [job(random_tokens(seed, 2 + seed % 30, VOCABULARY), top_k=2) for seed in range(start, start + 400)]
+        answers = score(fused, *jobs)
+        chosen = range(start % 23, 400, 23)
+        check_all([jobs[i] for i in chosen], [answers[i] for i in chosen], reference)
     later = mixed_jobs()[:4]
     check_all(later, score(fused, *later), reference)
 
