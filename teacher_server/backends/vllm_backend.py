@@ -297,8 +297,10 @@ def _defaults(config: Any, limit: int) -> dict[str, Any]:
     result: dict[str, Any] = {"enforce_eager": True}  # nothing is generated: captured graphs would lengthen the start
     if not current_platform.is_cpu():
         return result
-    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        # Left alone, vLLM takes most of the machine's memory. Room for four of the longest sequences.
-        per_token = 2 * config.get_total_num_hidden_layers() * config.get_total_num_kv_heads() * config.get_head_size()
-        result["kv_cache_memory_bytes"] = max(1 << 29, 4 * (limit + 1) * per_token * config.dtype.itemsize)
+    # Left alone, vLLM takes most of the machine's memory, and does not start where that much is not free. Room for four
+    # of the longest sequences.
+    asked_gib = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0)
+    per_token = 2 * config.get_total_num_hidden_layers() * config.get_total_num_kv_heads() * config.get_head_size()
+    enough = max(1 << 29, 4 * (limit + 1) * per_token * config.dtype.itemsize)
+    result["kv_cache_memory_bytes"] = asked_gib << 30 or enough
     return result

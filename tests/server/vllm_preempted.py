@@ -36,6 +36,7 @@ def main() -> None:
         long_prefill_token_threshold=64,  # all eight advance together
         max_num_seqs=8,
         num_gpu_blocks_override=BLOCKS,
+        kv_cache_memory_bytes=1 << 28,  # else vLLM wants most of the machine's memory to be free
         scheduler_reserve_full_isl=False,
     )
     scheduler: Any = llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[union-attr]
