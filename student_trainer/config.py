@@ -51,6 +51,9 @@ class TeacherConfig(Section):
     """With `model`: further arguments of the child's command line, such as --dtype=bfloat16."""
     visible_devices: str = ""
     """With `model`: CUDA_VISIBLE_DEVICES of the child, such as 1 or 0,1; empty: as this process has it."""
+    name: str = Field("", max_length=128)
+    """One of the teachers that the server offers beside its base, such as a LoRA adapter; empty: the base. With
+    `model` an adapter of the child's, as given in serve_args by --lora.NAME=DIR."""
     top_k: int | Literal["all"] = 64
     """Most likely ids per position that the teacher sends; all: its whole distribution (small vocabularies)."""
     value_type: Literal["float32", "float16"] = "float32"
@@ -96,6 +99,15 @@ class TeacherConfig(Section):
             raise ValueError(
                 f"tokenizer: got {self.tokenizer!r} with {got}, expected none: only a stock server (openai+http://…) "
                 "does not say which one it has"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_stock_server_has_models(self) -> TeacherConfig:
+        if self.name and self.url and self.url[0].startswith("openai+"):
+            raise ValueError(
+                f"name: got {self.name!r} with {self.url[0]}, expected none: a stock server's teachers are models, "
+                "named as ?model=NAME in the URL"
             )
         return self
 
@@ -188,8 +200,8 @@ class TrainConfig(Section):
 FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "student": ("device", "gradient_checkpointing"),
     "teacher": (
-        "url", "tokenizer", "model", "serve_args", "visible_devices", "api_key", "timeout_s", "attempt_timeout_s",
-        "start_timeout_s", "max_concurrency", "request_sequences", "accept_new_teacher",
+        "url", "tokenizer", "model", "name", "serve_args", "visible_devices", "api_key", "timeout_s",
+        "attempt_timeout_s", "start_timeout_s", "max_concurrency", "request_sequences", "accept_new_teacher",
     ),
     "train": (
         "steps", "micro_batch_tokens", "micro_batch_size", "loss_chunk_rows", "output_dir", "num_processes", "threads",

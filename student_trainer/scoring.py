@@ -53,7 +53,9 @@ def connect(config: TeacherConfig, url: str, *, run_name: str, tokenizer: object
     stock = _stock_options(config, tokenizer) if url.startswith("openai+") else None
     started = time.monotonic()
     try:
-        with TeacherClient(url, api_key=key, timeout_s=config.start_timeout_s, stock=stock) as first:
+        with TeacherClient(
+            url, api_key=key, timeout_s=config.start_timeout_s, teacher=config.name, stock=stock
+        ) as first:
             info = first.info()
     except TeacherError as error:
         raise _classified(error, url, time.monotonic() - started) from error
@@ -65,6 +67,7 @@ def connect(config: TeacherConfig, url: str, *, run_name: str, tokenizer: object
         max_concurrency=config.max_concurrency,
         expect_fingerprint=info.fingerprint,
         metadata=CallMetadata(run=run_name[:128]),
+        teacher=config.name,
         stock=stock,
     )
     return client, info

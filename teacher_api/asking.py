@@ -220,13 +220,13 @@ class Asker:
         self._attempt_timeout_s = attempt_timeout_s
         self._slots = asyncio.Semaphore(max_concurrency)
 
-    async def info(self, deadline: Deadline) -> pb.TeacherInfo:
+    async def info(self, deadline: Deadline, teacher: str = "") -> pb.TeacherInfo:
         """Raises the last error once it is not retryable or the deadline is over."""
 
         async def once() -> pb.TeacherInfo:
             limit_s = self._limit_s(deadline)
             try:
-                return await self._transport.info(timeout_s=limit_s, request_id=uuid.uuid4().hex)
+                return await self._transport.info(timeout_s=limit_s, request_id=uuid.uuid4().hex, teacher=teacher)
             except DeadlineExceeded as error:
                 raise self._own_or_overall(error, deadline) from error
 

@@ -74,8 +74,10 @@ def examine(client: TeacherClient) -> dict[str, object]:
 
 def report(url: str, facts: dict[str, object]) -> str:
     features = facts["features"]
+    teachers = facts["teachers"]
     warnings = facts["warnings"]
     assert isinstance(features, tuple), "of TeacherInfo"
+    assert isinstance(teachers, tuple), "of TeacherInfo"
     assert isinstance(warnings, list), "of examine"
     lines = [
         f"teacher      {facts['model_name']} at {url}",
@@ -87,6 +89,7 @@ def report(url: str, facts: dict[str, object]) -> str:
         f"limits       {facts['max_sequence_tokens']} tokens a sequence, top-k {facts['max_top_k']}, "
         f"{facts['max_candidates']} candidates a row, {facts['max_completions']} completions a request",
         f"features     {', '.join(features)}",
+        *([f"teachers     the base, {', '.join(teachers)}"] if teachers else []),
         f"round trip   {facts['round_trip_ms']} ms",
         f"known text   {facts['scored_rows']} positions in {facts['score_ms']} ms, "
         f"mean {facts['mean_logprob_nats']} nats a token",
@@ -101,13 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "url", help="grpc://host:port, grpcs://…, http://… or https://…; openai+http://host:port/v1: vllm serve"
     )
     parser.add_argument("--api-key", help="better in the environment: TEACHER_API_KEY")
+    parser.add_argument("--teacher", default="", metavar="NAME", help="an adapter the server offers; none: its base")
     parser.add_argument("--timeout-s", type=float, default=10.0, help="of each call, retries included (default 10)")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
     args = parser.parse_args(argv)
     log_retries_plainly()
     key = args.api_key or os.environ.get("TEACHER_API_KEY") or None
     try:
-        with TeacherClient(args.url, api_key=key, timeout_s=args.timeout_s) as client:
+        with TeacherClient(args.url, api_key=key, timeout_s=args.timeout_s, teacher=args.teacher) as client:
             facts = examine(client)
     except TeacherError as error:
         print(f"teacher-check: {args.url}: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from teacher_api import info as info_api
 from teacher_api import openai_info
 from teacher_api.asking import Answers, Asker, Deadline, Part, parts_of
-from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError
+from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError, unknown_teacher
 from teacher_api.openai_info import OpenAIOptions
 from teacher_api.transport import Transport
 from teacher_api.types import CallMetadata, ScoreRequest, Scores, TeacherInfo
@@ -39,6 +39,7 @@ class ClientOptions(TypedDict, total=False):
     max_concurrency: int
     expect_fingerprint: str
     metadata: CallMetadata | None
+    teacher: str
 
 
 def open_transport(
@@ -86,6 +87,7 @@ class AsyncTeacherClient:
         max_concurrency: requests in flight at a time.
         expect_fingerprint: of the teacher; empty: of the one that answers first. Any other is refused from then on.
         metadata: of requests that have none.
+        teacher: of requests that name none, and of `info` and `expect_fingerprint`; empty: the server's base.
         stock: what a stock server does not say of itself; only with an openai+ URL.
     """
 
@@ -99,6 +101,7 @@ class AsyncTeacherClient:
         max_concurrency: int = 8,
         expect_fingerprint: str = "",
         metadata: CallMetadata | None = None,
+        teacher: str = "",
         stock: OpenAIOptions | None = None,
     ) -> None:
         for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
@@ -109,9 +112,10 @@ class AsyncTeacherClient:
         self.url = url
         self._timeout_s = timeout_s
         self._max_concurrency = max_concurrency
-        self._expected = expect_fingerprint
+        self._teacher_name = teacher
+        self._expected = {teacher: expect_fingerprint}  # by teacher; empty or missing: any
         self._metadata = metadata or CallMetadata()
-        self._known: TeacherInfo | None = None
+        self._known: dict[str, TeacherInfo] = {}
         self._handshake = asyncio.Lock()
         self._transport = open_transport(url, api_key=api_key, max_connections=max_concurrency, stock=stock)
         self._asker = Asker(self._transport, attempt_timeout_s=attempt_timeout_s, max_concurrency=max_concurrency)
@@ -153,21 +157,24 @@ class AsyncTeacherClient:
             FingerprintMismatch: it is not the teacher that this client began with.
             TeacherError: it can't be reached within `timeout_s`, or refuses.
         """
-        return await self._ask_info(Deadline.after(self._timeout_s))
+        return await self._ask_info(Deadline.after(self._timeout_s), self._teacher_name)
 
-    async def _ask_info(self, deadline: Deadline) -> TeacherInfo:
-        found = info_api.from_proto(await self._asker.info(deadline))
-        if self._expected and found.fingerprint != self._expected:
+    async def _ask_info(self, deadline: Deadline, name: str) -> TeacherInfo:
+        found = info_api.from_proto(await self._asker.info(deadline, name))
+        if name and name not in found.teachers:  # a server that knows of no adapters describes its base
+            raise unknown_teacher(name, found.teachers)
+        expected = self._expected.get(name)
+        if expected and found.fingerprint != expected:
             raise FingerprintMismatch(
-                f"expected teacher {self._expected!r:.80}, at {self.url} is {found.fingerprint!r:.80} "
+                f"expected teacher {expected!r:.80}, at {self.url} is {found.fingerprint!r:.80} "
                 f"({found.model_name!r:.80})"
             )
-        self._expected, self._known = found.fingerprint, found
+        self._expected[name], self._known[name] = found.fingerprint, found
         return found
 
-    async def _teacher(self, deadline: Deadline) -> TeacherInfo:
+    async def _teacher(self, deadline: Deadline, name: str) -> TeacherInfo:
         async with self._handshake:
-            return self._known or await self._ask_info(deadline)
+            return self._known.get(name) or await self._ask_info(deadline, name)
 
     @overload
     async def score(self, request: ScoreRequest, *, return_errors: Literal[False] = False) -> list[Scores]: ...
@@ -227,7 +234,8 @@ class AsyncTeacherClient:
     async def _answers(self, request: ScoreRequest, *, streamed: bool) -> list[Scores | TeacherError]:
         _check_shape(request)
         deadline = Deadline.after(self._timeout_s if request.timeout_s is None else request.timeout_s)
-        info = await self._teacher(deadline)
+        request = replace(request, teacher=request.teacher or self._teacher_name)
+        info = await self._teacher(deadline, request.teacher)
         if request.expect_fingerprint not in ("", info.fingerprint):
             raise FingerprintMismatch(
                 f"the request expects teacher {request.expect_fingerprint!r:.80}, at {self.url} is "
@@ -255,6 +263,8 @@ def _check_shape(request: ScoreRequest) -> None:
     if not request.completions:
         raise InvalidRequest("empty; expected at least one completion", field="completions")
     check_options(request.options)
+    if not _is_text(request.teacher):
+        raise InvalidRequest(f"{request.teacher!r:.80}; expected text", field="teacher")
     seen: set[str] = set()
     for i, completion in enumerate(request.completions):
         if not _is_text(completion.id):
@@ -305,6 +315,7 @@ class TeacherClient:
         max_concurrency: int = 8,
         expect_fingerprint: str = "",
         metadata: CallMetadata | None = None,
+        teacher: str = "",
         stock: OpenAIOptions | None = None,
     ) -> None:
         async def made() -> AsyncTeacherClient:
@@ -316,6 +327,7 @@ class TeacherClient:
                 max_concurrency=max_concurrency,
                 expect_fingerprint=expect_fingerprint,
                 metadata=metadata,
+                teacher=teacher,
                 stock=stock,
             )
 

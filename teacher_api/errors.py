@@ -23,9 +23,11 @@ Tree (to add a kind: add a subclass here with its row, and its line in docs/prot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 MAX_MESSAGE_BYTES = 1024
+MAX_TEACHER_CHARS = 128  # of a teacher's name that an error repeats
 
 
 class TeacherError(Exception):
@@ -152,6 +154,12 @@ KINDS: dict[str, type[TeacherError]] = {
         InternalError,
     )
 }
+
+
+def unknown_teacher(name: str, served: Sequence[str]) -> NotFound:
+    """For a request that names a teacher which is none of `served`, the adapters beside the base."""
+    what = f"expected one of {', '.join(served)}, or none for the base" if served else "there is only the base"
+    return NotFound(f"there is no teacher {name[:MAX_TEACHER_CHARS]!r}; {what}", field="teacher")
 
 
 def error_of_kind(

@@ -149,5 +149,6 @@ def from_proto(message: pb.TeacherInfo) -> TeacherInfo:
             raise CorruptResponse(f"the teacher's description says {getattr(message, name)}; expected > 0", field=name)
     values: dict[str, Any] = {f.name: getattr(message, f.name) for f in dataclasses.fields(TeacherInfo)}
     values["features"] = tuple(message.features)
+    values["teachers"] = tuple(message.teachers)
     values["tokenizer_parts"] = dict(message.tokenizer_parts)
     return TeacherInfo(**values)

@@ -60,9 +60,10 @@ class GrpcTransport:
     def _call(self, timeout_s: float, request_id: str) -> dict[str, Any]:
         return {"timeout": timeout_s, "metadata": (*self._metadata, (REQUEST_ID, request_id))}
 
-    async def info(self, *, timeout_s: float, request_id: str) -> pb.TeacherInfo:
+    async def info(self, *, timeout_s: float, request_id: str, teacher: str = "") -> pb.TeacherInfo:
+        asked = pb.GetInfoRequest(teacher=teacher).SerializeToString()
         try:
-            data = await self._info(pb.GetInfoRequest().SerializeToString(), **self._call(timeout_s, request_id))
+            data = await self._info(asked, **self._call(timeout_s, request_id))
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
         return parse(pb.TeacherInfo, data)

@@ -8,6 +8,7 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import quote
 
 import httpx
 
@@ -60,8 +61,9 @@ class HttpTransport:
         except (httpx.TransportError, httpx.StreamError) as error:
             raise Unavailable(f"{self._url}: {error or type(error).__name__}") from error
 
-    async def info(self, *, timeout_s: float, request_id: str) -> pb.TeacherInfo:
-        async with self._call("GET", "/v1/info", None, timeout_s, request_id) as response:
+    async def info(self, *, timeout_s: float, request_id: str, teacher: str = "") -> pb.TeacherInfo:
+        path = "/v1/info" + (f"?teacher={quote(teacher, safe='')}" if teacher else "")
+        async with self._call("GET", path, None, timeout_s, request_id) as response:
             return parse(pb.TeacherInfo, await _read(response, MAX_MESSAGE_BYTES))
 
     async def score(self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str) -> pb.ScoreResponse:

@@ -144,7 +144,12 @@ class OpenAITransport:
 
     # ---- who is there ------------------------------------------------------------------------------------------------
 
-    async def info(self, *, timeout_s: float, request_id: str) -> pb.TeacherInfo:
+    async def info(self, *, timeout_s: float, request_id: str, teacher: str = "") -> pb.TeacherInfo:
+        if teacher:
+            raise Unsupported(
+                f"a stock server has models, got teacher {teacher!r:.80}; name it as ?model= in the URL",
+                field="teacher",
+            )
         async with self._within(timeout_s), self._shaking:
             return info_api.to_proto(await self._shake(request_id))
 

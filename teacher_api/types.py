@@ -78,6 +78,8 @@ class ScoreRequest:
     expect_fingerprint: str = ""
     metadata: CallMetadata = field(default_factory=CallMetadata)
     timeout_s: float | None = None
+    teacher: str = ""
+    """One of TeacherInfo.teachers; empty: the base, or what the client names for all of its requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ class TeacherInfo:
     engine_version: str = ""
     scoring_path: str = ""
     hidden_size: int = 0
+    teachers: tuple[str, ...] = ()
 
 
 def scored_positions(completion: Completion, prompt_tokens: int) -> IntArray:

@@ -138,6 +138,7 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
         completions=[_encode_completion(c, f"completions[{i}]") for i, c in enumerate(request.completions)],
         options=_encode_options(request.options),
         expect_fingerprint=request.expect_fingerprint,
+        teacher=request.teacher,
         metadata=pb.CallMetadata(
             tenant=request.metadata.tenant, experiment=request.metadata.experiment, run=request.metadata.run
         ),
@@ -238,6 +239,7 @@ def decode_request(message: pb.ScoreRequest) -> DecodedRequest:
         prompts=prompts,
         options=_decode_options(message.options),
         expect_fingerprint=message.expect_fingerprint,
+        teacher=message.teacher,
         metadata=_decode_metadata(message.metadata),
         timeout_s=_decode_timeout(message),
     )

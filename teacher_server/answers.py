@@ -14,11 +14,9 @@ FRAME_BYTES = 1 << 20  # of rows in one stream frame: large enough to be efficie
 INLINE_BYTES = 1 << 18  # encoded on the event loop; larger answers are encoded in a thread
 
 
-def frames_of(
-    answer: Answer, fingerprint: str, request_id: str, *, max_rows_bytes: int | None
-) -> Iterator[pb.ScoreFrame]:
+def frames_of(answer: Answer, request_id: str, *, max_rows_bytes: int | None) -> Iterator[pb.ScoreFrame]:
     """The frames of one answer: one where `max_rows_bytes` is None."""
-    result, job = answer.result, answer.job
+    result, job, fingerprint = answer.result, answer.job, answer.fingerprint
     if isinstance(result, TeacherError):
         result.request_id = request_id
         yield wire.encode_error(answer.completion_id, result, fingerprint)
@@ -33,7 +31,7 @@ def frames_of(
 
 def response_of(answers: list[Answer], fingerprint: str, request_id: str) -> pb.ScoreResponse:
     """All answers in one message, one frame each, in the order asked."""
-    frames = [frame for a in answers for frame in frames_of(a, fingerprint, request_id, max_rows_bytes=None)]
+    frames = [frame for a in answers for frame in frames_of(a, request_id, max_rows_bytes=None)]
     return pb.ScoreResponse(fingerprint=fingerprint, request_id=request_id, frames=frames)
 
 

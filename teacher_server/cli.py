@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from teacher_api import settings
 from teacher_server import app
-from teacher_server.config import ServerConfig
+from teacher_server.config import SHORTCUTS, ServerConfig
 
 USAGE_ERROR = 2
 DESCRIPTION = "Serves per-token log-probabilities of a teacher model over gRPC and HTTP."
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog="teacher-serve",
             description=DESCRIPTION,
             env_prefix="TEACHER_",
-            shortcuts={"api-key": "api_keys"},
+            shortcuts=SHORTCUTS,
             switches=SWITCHES,
             flat=True,
         )

@@ -3,6 +3,7 @@ Defaults live here and nowhere else; checks that need a loaded model are made in
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -20,10 +21,27 @@ USED_BY = {
     "batch_sequences": ("torch", "fake"),
     "head_chunk_rows": ("torch", "vllm"),
     "scoring_path": ("vllm",),
+    "engine_start_timeout_s": ("vllm",),
     "vllm": ("vllm",),
+    "lora": ("vllm", "fake"),
     "fake_": ("fake",),
 }
 """Fields that only some backends read; given to another one they are refused rather than ignored."""
+ENGINE_FIELDS = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "quantization",
+    "kv_cache_dtype",
+    "gpu_memory_utilization",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
+"""Fields that are vLLM's engine arguments by name; None: as vLLM or the backend chooses."""
+USED_BY |= dict.fromkeys(ENGINE_FIELDS, ("vllm",))
+SHORTCUTS = {"api-key": "api_keys", "max-model-len": "max_sequence_tokens"}
+"""Further flags and environment variables; vLLM's users know the second."""
+TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class ServerConfig(Section):
@@ -51,7 +69,28 @@ class ServerConfig(Section):
     """How vLLM is asked: inside its model runner, from its prompt logprobs, or the first of them that passes a check
     at start. The log and /v1/info say which it is."""
     vllm: dict[str, Any] = Field(default_factory=dict)
-    """Engine arguments handed to vLLM as they are, such as tensor_parallel_size."""
+    """Engine arguments handed to vLLM as they are, by any name it knows: --vllm.cpu_offload_gb 8."""
+    tensor_parallel_size: int | None = Field(default=None, ge=1)
+    """Processes that share each layer of the model (vLLM's own option, as are the next seven)."""
+    pipeline_parallel_size: int | None = Field(default=None, ge=1)
+    """Groups of layers that run one after another, in processes of their own."""
+    data_parallel_size: int | None = Field(default=None, ge=1)
+    """Copies of the model, each of which scores its share of the sequences."""
+    quantization: str | None = Field(default=None, min_length=1)
+    """How the weights are quantised where the checkpoint doesn't say, such as fp8."""
+    kv_cache_dtype: str | None = Field(default=None, min_length=1)
+    """Type of the key-value cache, such as fp8."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of a GPU's memory that the engine takes."""
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Most sequences of one engine step."""
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of one engine step; longer sequences go in pieces."""
+    engine_start_timeout_s: float = Field(default=1800.0, gt=0, le=86400)
+    """Longest start of a vLLM engine, and longest check of its answers; then it is stopped with an error."""
+    lora: dict[str, str] = Field(default_factory=dict)
+    """Further teachers on the same base: name -> directory of a LoRA adapter (--lora.math DIR). Requests choose one by
+    `teacher`; each has a fingerprint of its own. Backend fake: any text in place of a directory."""
 
     # --- limits, each refused by name when exceeded ---------------------------------------------------------------
     max_sequence_tokens: int = Field(default=0, ge=0)
@@ -149,6 +188,26 @@ class ServerConfig(Section):
         return keys
 
     @model_validator(mode="after")
+    def _engine_arguments_once(self) -> ServerConfig:
+        for name in ENGINE_FIELDS:
+            if getattr(self, name) is not None and name in self.vllm:
+                raise ValueError(f"{name} is given twice, also as vllm.{name}; expected one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_have_names(self) -> ServerConfig:
+        for name, place in self.lora.items():
+            if not TEACHER_NAME.fullmatch(name):
+                raise ValueError(
+                    f"lora: got the name {name[:128]!r}; expected 1 to 128 letters, digits, dots, dashes or underscores"
+                )
+            if name == self.display_name:
+                raise ValueError(f"lora.{name}: the base is called so; expected another name, or set model_name")
+            if not place:
+                raise ValueError(f"lora.{name}: empty; expected the directory of an adapter")
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> ServerConfig:
         if self.max_sequence_tokens > self.queue_tokens:
             raise ValueError(
@@ -167,6 +226,12 @@ class ServerConfig(Section):
             if backends is not None and self.backend not in backends:
                 raise ValueError(f"{name} has no meaning for backend {self.backend}; it is for {', '.join(backends)}")
         return self
+
+    @property
+    def engine_arguments(self) -> dict[str, Any]:
+        """What is handed to vLLM by name, however it was given."""
+        named = {name: getattr(self, name) for name in ENGINE_FIELDS}
+        return {**self.vllm, **{name: value for name, value in named.items() if value is not None}}
 
     @property
     def display_name(self) -> str:

@@ -90,7 +90,11 @@ class GrpcServer:
 def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
     async def get_info(request: bytes, context: Any) -> Any:
         async def work(_: str) -> bytes:
-            return info_api.to_proto(service.info).SerializeToString()
+            try:
+                asked = pb.GetInfoRequest.FromString(request)
+            except DecodeError:
+                raise InvalidRequest("the message is not a teacher.v1.GetInfoRequest") from None
+            return info_api.to_proto(service.info_of(asked.teacher)).SerializeToString()
 
         return await _answered(context, work)
 
@@ -110,8 +114,9 @@ def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
 
 
 async def _score(service: TeacherService, data: bytes, request_id: str, context: Any) -> None:
-    fingerprint = service.open_info().fingerprint
+    service.open_info()  # before the message is read
     decoded = _decoded(data, service)
+    fingerprint = service.open_info(decoded.request.teacher).fingerprint
     async with service.scored(decoded, transport_s=context.time_remaining()) as answers:
         message = await encoded(answers, fingerprint, request_id)
         del answers  # what is being sent is held once
@@ -122,7 +127,7 @@ async def _score(service: TeacherService, data: bytes, request_id: str, context:
 
 
 async def _score_stream(service: TeacherService, requests: AsyncIterator[bytes], request_id: str, context: Any) -> None:
-    fingerprint = service.open_info().fingerprint
+    service.open_info()
 
     async def decoded() -> AsyncIterator[wire.DecodedRequest]:
         async for data in requests:
@@ -131,7 +136,7 @@ async def _score_stream(service: TeacherService, requests: AsyncIterator[bytes],
     session = StreamSession(service, decoded(), context.time_remaining())
     async with session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
-            for frame in frames_of(answer, fingerprint, request_id, max_rows_bytes=FRAME_BYTES):
+            for frame in frames_of(answer, request_id, max_rows_bytes=FRAME_BYTES):
                 async with taken_within(service.config.answer_idle_s):
                     await context.write(frame.SerializeToString())
 

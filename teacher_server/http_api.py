@@ -67,7 +67,8 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
     async def score_stream(request: Request) -> Response:
         _, decoded = await _received(request, service, (PROTOBUF,))
         service.refuse_stream_if_full()
-        jobs_of(decoded, service.open_info())  # what is wrong with the whole request is a status, not a frame
+        info = service.open_info(decoded.request.teacher)
+        jobs_of(decoded, info)  # what is wrong with the whole request is a status, not a frame
         return Frames(
             _frames(service, decoded, id_of(request)),
             service.config.answer_idle_s,
@@ -75,18 +76,18 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         )
 
     @app.get("/v1/info", summary="Model, tokenizer, limits and features")
-    async def info(request: Request) -> Response:
-        message = info_api.to_proto(service.info)
+    async def info(request: Request, teacher: str = "") -> Response:
+        found = service.info_of(teacher)
         if PROTOBUF in request.headers.get("accept", ""):
-            return Response(message.SerializeToString(), media_type=PROTOBUF)
-        return Response(info_api.to_json(service.info), media_type=JSON)
+            return Response(info_api.to_proto(found).SerializeToString(), media_type=PROTOBUF)
+        return Response(info_api.to_json(found), media_type=JSON)
 
 
 async def _scored(
     service: TeacherService, decoded: wire.DecodedRequest, request_id: str, kind: str, hold: contextlib.AsyncExitStack
 ) -> bytes:
     """The body of the answer. What it counts as is given back when `hold` is closed."""
-    fingerprint = service.open_info().fingerprint
+    fingerprint = service.open_info(decoded.request.teacher).fingerprint
     max_bytes = json_models.MAX_JSON_ANSWER_BYTES if kind == JSON else None
     answers = await hold.enter_async_context(service.scored(decoded, max_bytes=max_bytes))
     if kind == JSON:
@@ -100,10 +101,9 @@ async def _frames(
     async def once() -> AsyncIterator[wire.DecodedRequest]:
         yield decoded
 
-    fingerprint = service.info.fingerprint
     async with StreamSession(service, once(), None) as session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
-            for frame in frames_of(answer, fingerprint, request_id, max_rows_bytes=FRAME_BYTES):
+            for frame in frames_of(answer, request_id, max_rows_bytes=FRAME_BYTES):
                 data = frame.SerializeToString()
                 yield struct.pack("<I", len(data)) + data
 

@@ -1,7 +1,9 @@
-"""Who this server is: what the backend says of its model, completed with the limits of this configuration."""
+"""Who this server is: what the backend says of its model, completed with the limits of this configuration. Each
+adapter is a teacher of its own, with its own weights and so its own fingerprint."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 from teacher_api.info import teacher_fingerprint
@@ -9,8 +11,22 @@ from teacher_api.types import TeacherInfo
 from teacher_server.backends.base import ModelFacts
 from teacher_server.config import ServerConfig
 
+ADAPTERS = "adapters"
+"""The feature of a server that takes `teacher` in a request."""
 
-def teacher_info(config: ServerConfig, features: frozenset[str], facts: ModelFacts) -> TeacherInfo:
+
+def teacher_infos(config: ServerConfig, features: frozenset[str], facts: ModelFacts) -> dict[str, TeacherInfo]:
+    """The base's under "", and each adapter's under its name."""
+    features = features | {ADAPTERS} if facts.adapters else features
+    base = _info(config, features, facts)
+    of_adapters = {
+        name: replace(_info(config, features, replace(facts, weights_digest=digest)), model_name=name)
+        for name, digest in facts.adapters.items()
+    }
+    return {"": base, **of_adapters}
+
+
+def _info(config: ServerConfig, features: frozenset[str], facts: ModelFacts) -> TeacherInfo:
     return TeacherInfo(
         fingerprint=teacher_fingerprint(
             weights_digest=facts.weights_digest,
@@ -44,6 +60,7 @@ def teacher_info(config: ServerConfig, features: frozenset[str], facts: ModelFac
         engine_version=facts.engine_version,
         scoring_path=facts.scoring_path,
         hidden_size=facts.hidden_size,
+        teachers=tuple(facts.adapters),
     )
 
 

@@ -56,6 +56,8 @@ class JsonScoreRequest(_Strict):
     expect_fingerprint: str = ""
     metadata: JsonMetadata = Field(default_factory=JsonMetadata)
     timeout_s: FiniteFloat | None = None
+    teacher: str = ""
+    """One of `teachers` in /v1/info; empty: the base."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -120,6 +122,7 @@ def request_from_json(body: bytes) -> ScoreRequest:
         expect_fingerprint=asked.expect_fingerprint,
         metadata=CallMetadata(**asked.metadata.model_dump()),
         timeout_s=asked.timeout_s,
+        teacher=asked.teacher,
     )
 
 

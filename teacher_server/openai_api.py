@@ -24,10 +24,10 @@ from teacher_server.openai_answer import Answer, Scored
 from teacher_server.openai_models import (
     MAX_BODY_BYTES,
     CompletionRequest,
-    check_model,
     model_list,
     now,
     request_from_json,
+    teacher_of,
 )
 from teacher_server.openai_text import LazyTexts, Texts
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
@@ -45,16 +45,16 @@ def add_routes(app: FastAPI, service: TeacherService) -> None:
         async with received(request, service, MAX_BODY_BYTES) as body:
             content_type(request, JSON)
             asked = await asyncio.to_thread(request_from_json, body)
-        info = service.open_info()
-        check_model(asked, info)
+        teacher = teacher_of(asked, service.open_info())
         answer_id = _answer_id(request, asked)
         async with contextlib.AsyncExitStack() as hold:
-            answer = await unless_gone(request, _answered(service, lazy, asked, info, answer_id, hold))
+            answer = await unless_gone(request, _answered(service, lazy, asked, teacher, answer_id, hold))
             return _Held(_sent(answer.pieces()), service.config.answer_idle_s, hold.pop_all())
 
-    @app.get("/v1/models", summary="The served model, in OpenAI's form")
+    @app.get("/v1/models", summary="The served models, in OpenAI's form: the base and its adapters")
     async def models() -> dict[str, object]:
-        return model_list(service.info, created)
+        base = service.info
+        return model_list([base, *(service.info_of(name) for name in base.teachers)], created)
 
 
 class _Held(Frames):
@@ -87,19 +87,19 @@ async def _answered(
     service: TeacherService,
     lazy: LazyTexts,
     asked: CompletionRequest,
-    info: TeacherInfo,
+    teacher: str,
     answer_id: str,
     hold: contextlib.AsyncExitStack,
 ) -> Answer:
     """The answer's budget is given back when `hold` is closed."""
-    created = now()
+    created, info = now(), service.info_of(teacher)
     options = _options(asked, info)
     texts = await lazy.get(info.tokenizer_size)
     prompts = await asyncio.to_thread(_prompts, asked, texts, info)
     wanted = _wanted(asked, prompts)
     scores: dict[str, Scores] = {}
     if wanted:
-        decoded = decoded_of(ScoreRequest(wanted, options=options))
+        decoded = decoded_of(ScoreRequest(wanted, options=options, teacher=teacher))
         for job in jobs_of(decoded, info):  # nothing is scored where one prompt can't be
             if isinstance(job, TeacherError):
                 raise job

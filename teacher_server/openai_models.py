@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -166,16 +167,23 @@ def _first(error: ValidationError) -> TeacherError:
     return InvalidRequest(first["msg"], field=name)
 
 
-def check_model(asked: CompletionRequest, info: TeacherInfo) -> None:
-    """Raises NotFound unless `asked` names the served model or none."""
-    if asked.model and asked.model != info.model_name:
-        raise NotFound(
-            f"The model `{asked.model[:128]}` does not exist. This server has `{info.model_name}`.", field="model"
-        )
+def teacher_of(asked: CompletionRequest, base: TeacherInfo) -> str:
+    """The teacher that `model` means: "" for the base, which also has no name at all. Raises NotFound for others."""
+    if not asked.model or asked.model == base.model_name:
+        return ""
+    if asked.model not in base.teachers:
+        served = ", ".join(f"`{name}`" for name in (base.model_name, *base.teachers))
+        raise NotFound(f"The model `{asked.model[:128]}` does not exist. This server has {served}.", field="model")
+    return asked.model
 
 
-def model_list(info: TeacherInfo, created: int) -> dict[str, Any]:
-    """The answer of /v1/models: the one model, in the shape of vLLM's."""
+def model_list(infos: Sequence[TeacherInfo], created: int) -> dict[str, Any]:
+    """The answer of /v1/models, in the shape of vLLM's: the base, then its adapters."""
+    base, *_ = infos
+    return {"object": "list", "data": [_card(info, base, created) for info in infos]}
+
+
+def _card(info: TeacherInfo, base: TeacherInfo, created: int) -> dict[str, Any]:
     permission = {
         "id": f"modelperm-{info.fingerprint}",
         "object": "model_permission",
@@ -190,17 +198,16 @@ def model_list(info: TeacherInfo, created: int) -> dict[str, Any]:
         "group": None,
         "is_blocking": False,
     }
-    card = {
+    return {
         "id": info.model_name,
         "object": "model",
         "created": created,
         "owned_by": "preceptor",
         "root": info.model_name,
-        "parent": None,
+        "parent": None if info is base else base.model_name,
         "max_model_len": info.max_sequence_tokens,
         "permission": [permission],
     }
-    return {"object": "list", "data": [card]}
 
 
 def now() -> int:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from teacher_api.errors import DeadlineExceeded, Overloaded, TeacherError, TooLarge, Unavailable
+from teacher_api.errors import DeadlineExceeded, Overloaded, TeacherError, TooLarge, Unavailable, unknown_teacher
 from teacher_api.types import ScoreOptions, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Admission, Cost, Receiving
 from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.config import ServerConfig
-from teacher_server.identity import teacher_info
+from teacher_server.identity import teacher_infos
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.output_check import checked
 from teacher_server.scheduler import Scheduler
@@ -36,18 +36,20 @@ SELF_CHECK_NATS = 1e-3  # how far the log of a row's whole mass may be from 0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Of one completion. `job` is what was scored; None where the request for it was refused."""
+    """Of one completion. `job` is what was scored; None where the request for it was refused. `fingerprint` is that of
+    the teacher that was asked, the base's where there is no such teacher."""
 
     completion_id: str
     result: Scores | TeacherError
     job: ScoreJob | None
+    fingerprint: str
 
 
 class TeacherService:
     def __init__(self, config: ServerConfig, lifecycle: Lifecycle) -> None:
         self.config = config
         self.lifecycle = lifecycle
-        self._info: TeacherInfo | None = None
+        self._infos: dict[str, TeacherInfo] = {}  # by teacher, the base's under ""; empty while the model loads
         self._scheduler: Scheduler | None = None
         self.open_streams = 0
         self.admission = Admission(config.queue_tokens, config.queue_bytes, self._tokens_per_s)
@@ -66,7 +68,8 @@ class TeacherService:
         Raises:
             ValueError: the model can't be served with these settings, or fails its self-check.
         """
-        info = teacher_info(self.config, backend.features, facts)
+        infos = teacher_infos(self.config, backend.features, facts)
+        info = infos[""]
         if info.max_sequence_tokens > self.config.queue_tokens:
             raise ValueError(
                 f"queue_tokens {self.config.queue_tokens} is below the model's longest sequence of "
@@ -75,8 +78,9 @@ class TeacherService:
         self._scheduler = scheduler = Scheduler(backend)
         tasks = [asyncio.create_task(scheduler.run())]
         try:
-            await self_check(scheduler, info)
-            self._info = info
+            for name, each in infos.items():
+                await self_check(scheduler, each, name)
+            self._infos = infos
             self.lifecycle.become_ready()
             tasks.append(asyncio.create_task(self._watch_engine(backend)))
             await asyncio.gather(*tasks)
@@ -93,16 +97,22 @@ class TeacherService:
 
     @property
     def info(self) -> TeacherInfo:
-        """Who is here. Raises Unavailable while the model loads."""
-        if self._info is None:
-            raise Unavailable("the model is still loading; /readyz says when", retry_after_s=RETRY_WHILE_STARTING_S)
-        return self._info
+        """Who is here: the base. Raises Unavailable while the model loads."""
+        return self.info_of("")
 
-    def open_info(self) -> TeacherInfo:
-        """As `info`, for new work. Raises Unavailable when the server no longer takes any."""
+    def info_of(self, teacher: str) -> TeacherInfo:
+        """As `info`, of an adapter by its name. Raises NotFound where there is none."""
+        if not self._infos:
+            raise Unavailable("the model is still loading; /readyz says when", retry_after_s=RETRY_WHILE_STARTING_S)
+        if teacher not in self._infos:
+            raise unknown_teacher(teacher, self.info.teachers)
+        return self._infos[teacher]
+
+    def open_info(self, teacher: str = "") -> TeacherInfo:
+        """As `info_of`, for new work. Raises Unavailable when the server no longer takes any."""
         if self.lifecycle.closed.is_set():
             raise Unavailable("the server is shutting down; try another, or this one again after its restart")
-        return self.info
+        return self.info_of(teacher)
 
     def refuse_stream_if_full(self) -> None:
         if self.open_streams >= self.config.max_streams:
@@ -134,7 +144,7 @@ class TeacherService:
                 acceptable (the first one's error), the answer would be too large for one message, the server is
                 full or not ready, or the deadline passed.
         """
-        info = self.open_info()
+        info = self.open_info(decoded.request.teacher)
         jobs = jobs_of(decoded, info)
         good = [job for job in jobs if isinstance(job, ScoreJob)]
         if not good:
@@ -151,7 +161,8 @@ class TeacherService:
         cost = Cost(sum(job.num_tokens for job in good), sum(sizes))
         self.admission.take(cost)
         try:
-            yield _paired(decoded.ids, jobs, await self._run(good, deadline))  # not kept here while they are sent
+            results = iter(await self._run(good, deadline))
+            yield _paired(decoded.ids, jobs, results, info.fingerprint)  # not kept here while they are sent
         finally:
             self.admission.give(cost)
 
@@ -174,22 +185,27 @@ class TeacherService:
         return self._checked(job, await self._scheduler.submit(job, deadline))
 
     def _checked(self, job: ScoreJob, result: Scores | TeacherError) -> Scores | TeacherError:
-        answer = checked(job, result, self.info.tokenizer_size)
-        return answer if isinstance(answer, TeacherError) else replace(answer, fingerprint=self.info.fingerprint)
+        info = self.info_of(job.teacher)
+        answer = checked(job, result, info.tokenizer_size)
+        return answer if isinstance(answer, TeacherError) else replace(answer, fingerprint=info.fingerprint)
 
 
 def _paired(
-    ids: Sequence[str], jobs: Sequence[ScoreJob | TeacherError], results: Sequence[Scores | TeacherError]
+    ids: Sequence[str],
+    jobs: Sequence[ScoreJob | TeacherError],
+    scored: Iterator[Scores | TeacherError],
+    fingerprint: str,
 ) -> list[Answer]:
-    """One answer per id: the next of `results`, or what its request was refused with."""
-    scored = iter(results)
+    """One answer per id: the next of `scored`, or what its request was refused with."""
     return [
-        Answer(name, next(scored), job) if isinstance(job, ScoreJob) else Answer(name, job, None)
+        Answer(name, next(scored), job, fingerprint)
+        if isinstance(job, ScoreJob)
+        else Answer(name, job, None, fingerprint)
         for name, job in zip(ids, jobs, strict=True)
     ]
 
 
-async def self_check(scheduler: Scheduler, info: TeacherInfo) -> None:
+async def self_check(scheduler: Scheduler, info: TeacherInfo, teacher: str = "") -> None:
     """One short sequence through the whole path: is the output well-formed, and is each row's mass one?
 
     Raises:
@@ -202,6 +218,7 @@ async def self_check(scheduler: Scheduler, info: TeacherInfo) -> None:
         prompt_tokens=1,
         positions=np.arange(1, num_tokens, dtype=np.int32),
         options=ScoreOptions(top_k=min(4, info.max_top_k) if "top_k" in info.features else 0),
+        teacher=teacher,
     )
     deadline = asyncio.get_running_loop().time() + SELF_CHECK_TIMEOUT_S
     scores = checked(job, await scheduler.submit(job, deadline), info.tokenizer_size)

@@ -125,6 +125,7 @@ class StreamSession:
         self._remember(decoded.ids)
         deadline = service.deadline(decoded.request, self._remaining_s())
         try:
+            info = service.info_of(decoded.request.teacher)
             jobs = jobs_of(decoded, info)
         except TeacherError as refused:  # of this message only: the stream goes on
             jobs = [refused for _ in decoded.ids]
@@ -133,11 +134,11 @@ class StreamSession:
             self.in_work += 1
             self.most_in_work = max(self.most_in_work, self.in_work)
             if isinstance(job, TeacherError):
-                self._answers.put_nowait((Answer(name, job, None), None))
+                self._answers.put_nowait((Answer(name, job, None, info.fingerprint), None))
                 continue
-            await self._start(job, Cost(job.num_tokens, answer_bytes(job, info)), deadline)
+            await self._start(job, Cost(job.num_tokens, answer_bytes(job, info)), deadline, info.fingerprint)
 
-    async def _start(self, job: ScoreJob, cost: Cost, deadline: float) -> None:
+    async def _start(self, job: ScoreJob, cost: Cost, deadline: float, fingerprint: str) -> None:
         granted = False
         try:
             if cost.num_bytes > self._service.config.max_completion_bytes:
@@ -150,25 +151,25 @@ class StreamSession:
                 granted = True
         except TimeoutError:
             late = DeadlineExceeded("the deadline passed while the server was full")
-            self._answers.put_nowait((Answer(job.id, late, job), None))
+            self._answers.put_nowait((Answer(job.id, late, job, fingerprint), None))
         except TeacherError as refused:
-            self._answers.put_nowait((Answer(job.id, refused, job), None))
+            self._answers.put_nowait((Answer(job.id, refused, job, fingerprint), None))
         except asyncio.CancelledError:
             self._let_go(None)
             raise
         if granted:
-            task = asyncio.create_task(self._work(job, cost, deadline))
+            task = asyncio.create_task(self._work(job, cost, deadline, fingerprint))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _work(self, job: ScoreJob, cost: Cost, deadline: float) -> None:
+    async def _work(self, job: ScoreJob, cost: Cost, deadline: float, fingerprint: str) -> None:
         result: Scores | TeacherError
         try:
             result = await self._service.run_one(job, deadline)
         except BaseException:  # a cancelled stream, or a bug: the budget outlives both
             self._let_go(cost)
             raise
-        self._answers.put_nowait((Answer(job.id, result, job), cost))
+        self._answers.put_nowait((Answer(job.id, result, job, fingerprint), cost))
 
     def _remaining_s(self) -> float | None:
         if self._transport_s is None:

@@ -28,15 +28,18 @@ ROW_OVERHEAD_BYTES = 256  # message framing, checksum and headers of one complet
 def jobs_of(decoded: DecodedRequest, info: TeacherInfo) -> list[ScoreJob | TeacherError]:
     """One job, or that completion's own error, per completion, in the order asked.
 
+    Args:
+        info: of the teacher that the request names.
+
     Raises:
         TeacherError: the request as a whole can't be served: another teacher is expected, an option is wrong or not
             honoured here, there are no completions or too many, ids repeat.
     """
     request = decoded.request
     _check_shared(request, len(decoded.entries), info)
-    prompts = [_prompt(tokens, index, info) for index, tokens in enumerate(request.prompts)]
+    prompts = [_prompt(tokens, index, request.teacher, info) for index, tokens in enumerate(request.prompts)]
     return [
-        entry if isinstance(entry, TeacherError) else _job(entry, f"completions[{n}]", prompts, request.options, info)
+        entry if isinstance(entry, TeacherError) else _job(entry, f"completions[{n}]", prompts, request, info)
         for n, entry in enumerate(decoded.entries)
     ]
 
@@ -104,20 +107,22 @@ def _check_options(options: ScoreOptions, info: TeacherInfo) -> None:
             )
 
 
-def _prompt(tokens: IntArray, index: int, info: TeacherInfo) -> tuple[IntArray, bytes] | TeacherError:
+def _prompt(tokens: IntArray, index: int, teacher: str, info: TeacherInfo) -> tuple[IntArray, bytes] | TeacherError:
     path = f"prompts[{index}]"
     try:
         _check_ids(tokens, path, info)
     except TeacherError as error:
         return error
-    return tokens, hashlib.blake2b(np.ascontiguousarray(tokens).tobytes(), digest_size=16).digest()
+    key = hashlib.blake2b(np.ascontiguousarray(tokens).tobytes(), digest_size=16)
+    key.update(teacher.encode())
+    return tokens, key.digest()
 
 
 def _job(
     completion: Completion,
     path: str,
     prompts: list[tuple[IntArray, bytes] | TeacherError],
-    options: ScoreOptions,
+    request: ScoreRequest,
     info: TeacherInfo,
 ) -> ScoreJob | TeacherError:
     try:
@@ -146,9 +151,10 @@ def _job(
         token_ids=np.concatenate([prompt, completion.token_ids]).astype(np.int32, copy=False),
         prompt_tokens=len(prompt),
         positions=positions,
-        options=options,
+        options=request.options,
         candidates=completion.candidates,
         prompt_key=key,
+        teacher=request.teacher,
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -96,4 +98,32 @@ def save_tiny(path: Path | str, arch: str = "qwen3", *, tokenizer_size: int = 12
     path = Path(path)
     tiny_model(arch, **settings).save_pretrained(path)
     tiny_tokenizer(tokenizer_size).save_pretrained(path)
+    return path
+
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def save_adapter(
+    path: Path | str,
+    model: torch.nn.Module,
+    *,
+    seed: int = 0,
+    rank: int = 4,
+    alpha: float = 8.0,
+    modules: tuple[str, ...] = LINEAR,
+    **config: Any,
+) -> Path:
+    """Writes a LoRA adapter on `model` in PEFT's layout: B·A for its linear layers of the names `modules`."""
+    path = Path(path)
+    path.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.rsplit(".", 1)[-1] in modules:
+            for part, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
+                tensors[f"base_model.model.{name}.lora_{part}.weight"] = 0.3 * torch.randn(shape, generator=generator)
+    save_file(tensors, path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(modules), "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps({**settings, **config}))
     return path

@@ -93,20 +93,22 @@ class CallMetadata(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("prompts", "completions", "options", "expect_fingerprint", "metadata", "timeout_s")
+    __slots__ = ("prompts", "completions", "options", "expect_fingerprint", "metadata", "timeout_s", "teacher")
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     EXPECT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
     prompts: _containers.RepeatedCompositeFieldContainer[Array]
     completions: _containers.RepeatedCompositeFieldContainer[Completion]
     options: ScoreOptions
     expect_fingerprint: str
     metadata: CallMetadata
     timeout_s: float
-    def __init__(self, prompts: _Optional[_Iterable[_Union[Array, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., expect_fingerprint: _Optional[str] = ..., metadata: _Optional[_Union[CallMetadata, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    teacher: str
+    def __init__(self, prompts: _Optional[_Iterable[_Union[Array, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., expect_fingerprint: _Optional[str] = ..., metadata: _Optional[_Union[CallMetadata, _Mapping]] = ..., timeout_s: _Optional[float] = ..., teacher: _Optional[str] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("kind", "message", "field", "retryable", "retry_after_s", "request_id")
@@ -179,11 +181,13 @@ class ScoreResponse(_message.Message):
     def __init__(self, fingerprint: _Optional[str] = ..., request_id: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[ScoreFrame, _Mapping]]] = ...) -> None: ...
 
 class GetInfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("teacher",)
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    def __init__(self, teacher: _Optional[str] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("api_version", "server_version", "features", "fingerprint", "model_name", "model_revision", "weights_digest", "tokenizer_fingerprint", "tokenizer_size", "logit_width", "max_sequence_tokens", "max_top_k", "max_candidates", "max_request_bytes", "max_response_bytes", "dtype", "quantisation", "head_dtype", "engine", "engine_version", "scoring_path", "tokenizer_parts", "max_completions", "hidden_size")
+    __slots__ = ("api_version", "server_version", "features", "fingerprint", "model_name", "model_revision", "weights_digest", "tokenizer_fingerprint", "tokenizer_size", "logit_width", "max_sequence_tokens", "max_top_k", "max_candidates", "max_request_bytes", "max_response_bytes", "dtype", "quantisation", "head_dtype", "engine", "engine_version", "scoring_path", "tokenizer_parts", "max_completions", "hidden_size", "teachers")
     class TokenizerPartsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +219,7 @@ class TeacherInfo(_message.Message):
     TOKENIZER_PARTS_FIELD_NUMBER: _ClassVar[int]
     MAX_COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TEACHERS_FIELD_NUMBER: _ClassVar[int]
     api_version: int
     server_version: str
     features: _containers.RepeatedScalarFieldContainer[str]
@@ -239,4 +244,5 @@ class TeacherInfo(_message.Message):
     tokenizer_parts: _containers.ScalarMap[str, str]
     max_completions: int
     hidden_size: int
-    def __init__(self, api_version: _Optional[int] = ..., server_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., model_name: _Optional[str] = ..., model_revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., tokenizer_size: _Optional[int] = ..., logit_width: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantisation: _Optional[str] = ..., head_dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., scoring_path: _Optional[str] = ..., tokenizer_parts: _Optional[_Mapping[str, str]] = ..., max_completions: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    teachers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, api_version: _Optional[int] = ..., server_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., model_name: _Optional[str] = ..., model_revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., tokenizer_size: _Optional[int] = ..., logit_width: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantisation: _Optional[str] = ..., head_dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., scoring_path: _Optional[str] = ..., tokenizer_parts: _Optional[_Mapping[str, str]] = ..., max_completions: _Optional[int] = ..., hidden_size: _Optional[int] = ..., teachers: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -47,6 +47,7 @@ def _fake(config: ServerConfig) -> ScoringBackend:
             death_token=config.fake_death_token,
             restart_s=config.fake_restart_s,
         ),
+        adapters=config.lora,
     )
 
 
@@ -78,5 +79,7 @@ def _vllm(config: ServerConfig) -> ScoringBackend:
         max_top_k=config.max_top_k,
         head_chunk_rows=config.head_chunk_rows,
         scoring_path=config.scoring_path,
-        engine_args=dict(config.vllm),
+        engine_args=config.engine_arguments,
+        adapters=config.lora,
+        start_timeout_s=config.engine_start_timeout_s,
     )

@@ -29,7 +29,8 @@ class ScoreJob:
     positions: IntArray  # [N], ascending, each in 1..T-1
     options: ScoreOptions
     candidates: Candidates | None = None
-    prompt_key: bytes = b""  # equal for jobs that share a prompt; b"" for none
+    prompt_key: bytes = b""  # equal for jobs that share a prompt and a teacher; b"" for none
+    teacher: str = ""  # a name of ModelFacts.adapters; "" for the base
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +65,8 @@ class ModelFacts:
     engine: str = ""
     engine_version: str = ""
     scoring_path: str = ""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Further teachers on this base: name -> digest of the weights that score for it, the base's among them."""
 
 
 class ScoringBackend(ABC):

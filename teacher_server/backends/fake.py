@@ -1,13 +1,13 @@
 """A backend without a model: a deterministic, context-dependent distribution made from a hash of the preceding
 tokens, with faults on demand. Tests of everything above the backend use it; its numbers honour every option but
-`hidden`."""
+`hidden`, and each adapter's are those of another hash."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from teacher_api.errors import BackendFailed, TeacherError
 from teacher_api.types import Scores
 from teacher_server.backends.base import FEATURES, BatchPolicy, ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.backends.exact_rows import F64, score_rows
+from teacher_server.backends.weights import adapted_digest
 
 U64 = npt.NDArray[np.uint64]
 SPREAD = 10.0  # logits are uniform in [0, SPREAD): far from flat, and no column vanishes
@@ -45,14 +46,19 @@ def mix(x: U64) -> U64:
     return x ^ (x >> np.uint64(31))
 
 
-def noise_logits(token_ids: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], width: int) -> F64:
-    """Logits [n, width], float64 in [0, SPREAD): row n is a function of token_ids[: positions[n]] alone."""
+def noise_logits(token_ids: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], width: int, salt: int = 0) -> F64:
+    """Logits [n, width], float64 in [0, SPREAD): row n is a function of token_ids[: positions[n]] and salt alone."""
     with np.errstate(over="ignore"):
         order = np.arange(len(token_ids), dtype=np.uint64) * _GOLDEN
         prefix = np.concatenate([[np.uint64(0)], np.cumsum(mix(mix(order) + token_ids.astype(np.uint64) + _GOLDEN))])
+        prefix = prefix + np.uint64(salt)
         column = mix((np.arange(width, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
         bits = mix(mix(prefix[positions])[:, None] + column[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * (SPREAD / 2**53)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class FakeBackend(ScoringBackend):
@@ -69,12 +75,14 @@ class FakeBackend(ScoringBackend):
         batch_tokens: int = 8192,
         batch_sequences: int = 64,
         faults: Faults | None = None,
+        adapters: Mapping[str, str] | None = None,  # name -> any text, of which equal ones are equal teachers
     ) -> None:
         self.model = model
         self.vocabulary = vocabulary
         self.padding_columns = padding_columns
         self.max_sequence_tokens = max_sequence_tokens or 32768
         self.faults = faults or Faults()
+        self._seeds = {name: _digest(text) for name, text in (adapters or {}).items()}
         self.scored_ids: list[str] = []  # of every job that reached this backend, newest last
         self.up_at = 0.0  # by the monotonic clock: before it the engine is dead
         self._policy = BatchPolicy(batch_tokens, batch_sequences)
@@ -96,13 +104,14 @@ class FakeBackend(ScoringBackend):
         elif Path(self.model).is_absolute():
             raise ValueError(f"model {self.model!r} has no tokenizer.json; expected a checkpoint directory or a name")
         width = self.vocabulary + self.padding_columns
+        weights = _digest(f"fake {width}")
         return ModelFacts(
             model_name=self.model.rstrip("/").rsplit("/", 1)[-1],
             tokenizer_size=self.vocabulary,
             logit_width=width,
             hidden_size=0,
             max_sequence_tokens=self.max_sequence_tokens,
-            weights_digest=hashlib.blake2b(f"fake {width}".encode(), digest_size=16).hexdigest(),
+            weights_digest=weights,
             tokenizer_fingerprint=digest,
             tokenizer_parts=parts,
             dtype="float64",
@@ -110,6 +119,7 @@ class FakeBackend(ScoringBackend):
             engine="fake",
             engine_version="1",
             scoring_path="hash of the preceding tokens",
+            adapters={name: adapted_digest(weights, seed) for name, seed in self._seeds.items()},
         )
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
@@ -133,7 +143,8 @@ class FakeBackend(ScoringBackend):
 
     def _one(self, job: ScoreJob) -> Scores:
         width = self.vocabulary + self.padding_columns
-        scores = score_rows(job, lambda rows: noise_logits(job.token_ids, rows, width), width, self.vocabulary)
+        salt = int(self._seeds[job.teacher][:16], 16) if job.teacher else 0
+        scores = score_rows(job, lambda rows: noise_logits(job.token_ids, rows, width, salt), width, self.vocabulary)
         if self.faults.nan_token in job.token_ids:
             scores.token_logprob[0] = np.nan
         if self.faults.short_token in job.token_ids:

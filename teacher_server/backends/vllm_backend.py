@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,13 +17,15 @@ from typing import Any, Literal
 
 from teacher_api.errors import TeacherError
 from teacher_api.types import Scores
+from teacher_server.backends.adapters import Adapter, read_adapters
 from teacher_server.backends.base import BatchPolicy, ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.backends.room import Room
 from teacher_server.backends.torch_loading import find_checkpoint, tokenizer_facts
-from teacher_server.backends.vllm_check import check_answers
+from teacher_server.backends.vllm_adapters import ARGUMENTS, VllmAdapters
+from teacher_server.backends.vllm_check import check_adapters, check_answers
 from teacher_server.backends.vllm_engine import EngineHost, one_line, prepare_environment
 from teacher_server.backends.vllm_paths import ANSWER_BYTES, FusedPath, PromptLogprobsPath, ScoringPath
-from teacher_server.backends.weights import weights_digest
+from teacher_server.backends.weights import adapted_digest, weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,10 @@ OWN_ARGUMENTS = {
     "runner": "scoring_path",
     "scheduler_cls": "scoring_path",
     "async_scheduling": "scoring_path",
+    **dict.fromkeys(ARGUMENTS, "lora"),
 }
+PROBED = ("pipeline_parallel_size", "data_parallel_size")
+"""Engine arguments with which the fused path is tried, and refused where it does not work."""
 SECRET_ARGUMENTS = ("hf_token",)
 FIXED_ARGUMENTS: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
 
@@ -50,6 +56,7 @@ class _Plan:
     environment: dict[str, str]  # while an engine starts
     config: Any  # vllm's ModelConfig
     directory: Path
+    adapters: VllmAdapters
 
 
 class VllmBackend(ScoringBackend):
@@ -66,6 +73,8 @@ class VllmBackend(ScoringBackend):
         scoring_path: "fused" or "prompt-logprobs"; "auto": fused where the engine starts with it and its answers
             pass the check at start (vllm_check.py), else prompt-logprobs, which the log and the facts say.
         engine_args: passed to vLLM's AsyncEngineArgs as they are.
+        adapters: name -> directory of a LoRA adapter that is a teacher on the same base.
+        start_timeout_s: longest start of an engine, and longest check of its answers.
     """
 
     name = "vllm"
@@ -84,6 +93,8 @@ class VllmBackend(ScoringBackend):
         head_chunk_rows: int = 0,
         scoring_path: Literal["auto", "fused", "prompt-logprobs"] = "auto",
         engine_args: Mapping[str, Any] | None = None,
+        adapters: Mapping[str, str] | None = None,
+        start_timeout_s: float = 1800.0,
     ) -> None:
         self._model = model
         self._revision = revision
@@ -94,6 +105,8 @@ class VllmBackend(ScoringBackend):
         self._head_chunk_rows = head_chunk_rows
         self._scoring_path = scoring_path
         self._user_arguments = dict(engine_args or {})
+        self._adapter_places = dict(adapters or {})
+        self._start_timeout_s = start_timeout_s
         self._facts: ModelFacts | None = None
         self._path: ScoringPath | None = None
         self._host = EngineHost()
@@ -108,7 +121,8 @@ class VllmBackend(ScoringBackend):
     def load(self) -> ModelFacts:
         prepare_environment()
         directory, commit = find_checkpoint(self._model, self._revision)
-        plan = self._planned(directory, commit)
+        adapters = read_adapters(self._adapter_places, directory)  # before the seconds that importing vLLM takes
+        plan = self._planned(directory, commit, adapters)
         self._path = self._started(plan)
         self.features = self._path.features
         self._facts = replace(plan.facts, scoring_path=self._described(self._path))
@@ -144,6 +158,7 @@ class VllmBackend(ScoringBackend):
             self._max_top_k,
             self._full_row_limit,
             dict(self._user_arguments.get("hf_overrides", {})),
+            plan.adapters,
             Room(ANSWER_BYTES),
         )
         if self._scoring_path == "prompt-logprobs":
@@ -153,9 +168,10 @@ class VllmBackend(ScoringBackend):
             self._start(plan, fused)
             return fused
         except ValueError as error:
+            cause = f"{error}{self._combination()}"
             if self._scoring_path == "fused":
-                raise
-            logger.warning("scoring falls back from the fused path to prompt-logprobs, which is slower: %s", error)
+                raise ValueError(cause) from error
+            logger.warning("scoring falls back from the fused path to prompt-logprobs, which is slower: %s", cause)
         self._host.stop()
         self._start(plan, stock)
         return stock
@@ -167,9 +183,22 @@ class VllmBackend(ScoringBackend):
         for name in sorted(own.keys() & self._user_arguments.keys() - {"hf_overrides", "additional_config"}):
             if self._user_arguments[name] != own[name]:
                 raise ValueError(f"engine argument {name!r} is always {own[name]!r} on the {path.name} path")
-        self._host.start(AsyncEngineArgs(**{**path.defaults(), **plan.arguments, **own}), plan.environment)
+        arguments = AsyncEngineArgs(**{**path.defaults(), **plan.arguments, **own})
+        limit_s = self._start_timeout_s
+        self._host.start(arguments, plan.environment, timeout_s=limit_s)
+        for name in plan.adapters.adapters:
+            self._host.run_blocking(self._host.load_adapter(plan.adapters.request(name)), timeout_s=limit_s)
+
+        def ask(jobs: Sequence[ScoreJob]) -> list[Scores]:
+            try:
+                return self._host.run_blocking(self._asked(path, jobs), timeout_s=limit_s)
+            except TeacherError as error:
+                raise ValueError(f"the check at start failed: {error.message}") from error
+
         if isinstance(path, FusedPath):
-            check_answers(lambda jobs: self._host.run_blocking(self._asked(path, jobs)), plan.facts, plan.directory)
+            check_answers(ask, plan.facts, plan.directory)
+        if plan.adapters.adapters:
+            check_adapters(ask, plan.facts, plan.directory, path.features, plan.adapters.adapters)
 
     async def _asked(self, path: ScoringPath, jobs: Sequence[ScoreJob]) -> list[Scores]:
         return list(await asyncio.gather(*(path.score(self._host, job) for job in jobs)))
@@ -187,8 +216,18 @@ class VllmBackend(ScoringBackend):
             self._head_chunk_rows,
             dict(self._user_arguments.get("hf_overrides", {})),
             dict(self._user_arguments.get("additional_config", {})),
-            asynchronous=current_platform.is_cuda() and "pipeline_parallel_size" not in self._user_arguments,
+            asynchronous=current_platform.is_cuda() and self._size("pipeline_parallel_size") == 1,
+            adapters=plan.adapters,
         )
+
+    def _size(self, name: str) -> int:
+        return int(self._user_arguments.get(name, 1))
+
+    def _combination(self) -> str:
+        """What this engine is asked for that is not tested everywhere, for a refusal."""
+        parts = [f"{name} {self._size(name)}" for name in PROBED if self._size(name) > 1]
+        parts += ["LoRA adapters"] if self._adapter_places else []
+        return f" (scoring path fused with {' and '.join(parts)})" if parts else ""
 
     def _described(self, path: ScoringPath) -> str:
         parts = [f"{path.name} {path.detail}".strip()]
@@ -198,10 +237,11 @@ class VllmBackend(ScoringBackend):
             parts.append(f"engine arguments {dict(sorted(self._user_arguments.items()))}")
         return ", ".join(parts)
 
-    def _planned(self, directory: Path, commit: str) -> _Plan:
+    def _planned(self, directory: Path, commit: str, adapters: Mapping[str, Adapter]) -> _Plan:
         import torch
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
 
         self._check_arguments({field.name for field in fields(AsyncEngineArgs)})
         base = {**FIXED_ARGUMENTS, **self._user_arguments, "model": str(directory)}
@@ -217,13 +257,14 @@ class VllmBackend(ScoringBackend):
         size, fingerprint, parts = tokenizer_facts(directory, width)
         limit = self._limit(config)
         dtype = str(config.dtype).removeprefix("torch.")
+        weights = weights_digest(directory)
         facts = ModelFacts(
             model_name=self._model,
             tokenizer_size=size,
             logit_width=width,
             hidden_size=config.get_hidden_size(),
             max_sequence_tokens=limit,
-            weights_digest=weights_digest(directory),
+            weights_digest=weights,
             tokenizer_fingerprint=fingerprint,
             tokenizer_parts=parts,
             model_revision=commit,
@@ -232,9 +273,11 @@ class VllmBackend(ScoringBackend):
             head_dtype=dtype,
             engine="vllm",
             engine_version=f"vllm {vllm.__version__}, torch {torch.__version__}",
+            adapters={name: adapted_digest(weights, adapter.digest) for name, adapter in adapters.items()},
         )
         arguments = {**_defaults(config, limit), **base}
-        return _Plan(facts, arguments, self._environment(config, limit), config, directory)
+        served = VllmAdapters(adapters, current_platform.is_cpu())
+        return _Plan(facts, arguments, self._environment(config, limit), config, directory, served)
 
     def _check_arguments(self, known: set[str]) -> None:
         for name in self._user_arguments:
@@ -268,7 +311,8 @@ class VllmBackend(ScoringBackend):
             result["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # for the one token more
         if current_platform.is_cpu():
             # vLLM divides NUMA nodes among its processes, and refuses more processes than nodes.
-            result["VLLM_CPU_OMP_THREADS_BIND"] = _cores(int(self._user_arguments.get("tensor_parallel_size", 1)))
+            processes = self._size("tensor_parallel_size") * math.prod(self._size(name) for name in PROBED)
+            result["VLLM_CPU_OMP_THREADS_BIND"] = _cores(processes)
         return result
 
 

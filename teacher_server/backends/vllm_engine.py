@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import logging
+import multiprocessing
 import os
 import threading
 import time
@@ -53,14 +54,17 @@ class EngineHost:
         self._engine: Any = None  # vllm's AsyncLLM
         self._arguments: Any = None  # vllm.AsyncEngineArgs
         self._environment: dict[str, str] = {}
+        self._timeout_s = 0.0  # of a start
+        self._others: set[Any] = set()  # processes from before the last start
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
         self._revival: concurrent.futures.Future[None] | None = None
         self._revive_from = 0.0  # by the monotonic clock: no start before, for the last one failed
+        self._revive_until = 0.0  # a start that takes longer is killed
         self._request_ids = itertools.count()
 
-    def start(self, arguments: Any, environment: Mapping[str, str]) -> None:
-        """Blocks until the engine is up, or raises ValueError of one line.
+    def start(self, arguments: Any, environment: Mapping[str, str], *, timeout_s: float) -> None:
+        """Blocks until the engine is up, or raises ValueError of one line: after `timeout_s` its processes are killed.
 
         Args:
             environment: of the engine's processes, where ours says nothing else. Ours is left as it is: the next
@@ -69,13 +73,22 @@ class EngineHost:
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-front-end", daemon=True)
             self._thread.start()
-        self._arguments, self._environment = arguments, dict(environment)
-        self.run_blocking(self._start())
+        self._arguments, self._environment, self._timeout_s = arguments, dict(environment), timeout_s
+        self._others = set(multiprocessing.active_children())
+        starting = asyncio.run_coroutine_threadsafe(self._start(), self._loop)
+        if not concurrent.futures.wait([starting], timeout_s).done:
+            self._kill()
+            if not concurrent.futures.wait([starting], SHUTDOWN_S).done:
+                self._loop, self._thread = asyncio.new_event_loop(), None  # the old one is left to its daemon thread
+            self._engine = None
+            raise ValueError(f"vLLM did not start within {timeout_s:g} s (engine_start_timeout_s); it was stopped")
+        starting.result()
 
     def stop(self) -> None:
         """Stops the engine; another may be started."""
-        if self._revival is not None:
-            concurrent.futures.wait([self._revival])
+        if self._revival is not None and self._is_reviving():
+            self._kill()
+            concurrent.futures.wait([self._revival], SHUTDOWN_S)
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown(timeout=SHUTDOWN_S)
@@ -93,9 +106,13 @@ class EngineHost:
         if not thread.is_alive():
             self._loop.close()
 
-    def run_blocking(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        """For threads without an event loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def run_blocking(self, work: Coroutine[Any, Any, Answer], *, timeout_s: float) -> Answer:
+        """For threads without an event loop. Raises ValueError when the work takes longer than `timeout_s`."""
+        running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        if not concurrent.futures.wait([running], timeout_s).done:
+            running.cancel()
+            raise ValueError(f"vLLM started, but did not answer within {timeout_s:g} s (engine_start_timeout_s)")
+        return running.result()
 
     async def run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """Runs `work` on the engine's loop; cancelling this cancels the work, which aborts the engine's requests."""
@@ -120,6 +137,17 @@ class EngineHost:
         if self._engine is None:
             raise BackendFailed("the vLLM engine is not running")
         raise BackendFailed("the vLLM engine died and is being started again", retry_after_s=RETRY_AFTER_DEATH_S)
+
+    async def load_adapter(self, adapter: Any) -> None:
+        """Loads vLLM's LoRARequest. Raises ValueError where the engine can't; in a step, it would die of that."""
+        from vllm.exceptions import VLLMServerError
+
+        try:
+            loaded = await self._engine.add_lora(adapter)
+        except (VLLMServerError, RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"lora.{adapter.lora_name}: vLLM can't load it: {one_line(error)}") from error
+        if not loaded:
+            raise ValueError(f"lora.{adapter.lora_name}: vLLM did not load it; its log may say why")
 
     async def last_output(self, sequence: str, ask: Ask) -> Any:
         """The last output of one request about the sequence of this id.
@@ -151,19 +179,30 @@ class EngineHost:
                 f"vLLM could not start with {self._arguments.model!r}: {one_line(error)}; the cause is in its log above"
             ) from error
 
+    def _kill(self) -> None:
+        """Kills the processes of the start that is under way, which also ends the waiting for them."""
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.kill()
+
     def _is_reviving(self) -> bool:
         return self._revival is not None and not self._revival.done()
 
     def _revive(self) -> None:
-        if self._is_reviving() or not self._engine.errored:  # a start may have ended since the caller looked
+        if self._is_reviving():
+            if time.monotonic() >= self._revive_until:
+                self._kill()
+            return
+        if not self._engine.errored:  # a start may have ended since the caller looked
             return
         if time.monotonic() >= self._revive_from:
             logger.error("the vLLM engine died; starting it again")
+            self._revive_until = time.monotonic() + self._timeout_s
             self._revival = asyncio.run_coroutine_threadsafe(self._restart(), self._loop)
 
     async def _restart(self) -> None:
         try:
             await asyncio.to_thread(self._engine.shutdown, timeout=SHUTDOWN_S)
+            self._others = set(multiprocessing.active_children())
             await self._start()
         except Exception as error:  # the boundary to foreign code: whatever went wrong, it is tried again
             self._revive_from = time.monotonic() + RETRY_AFTER_DEATH_S

@@ -20,6 +20,7 @@ from teacher_api.errors import InvalidBackendOutput
 from teacher_api.types import Scores
 from teacher_server.backends.base import FEATURES, ModelFacts, ScoreJob
 from teacher_server.backends.room import Room
+from teacher_server.backends.vllm_adapters import VllmAdapters
 from teacher_server.backends.vllm_engine import EngineHost
 from teacher_server.backends.vllm_rows import TooFewIds, read_rows, scores_from_full_rows, scores_from_top_k
 from teacher_server.vllm_plugin.request import TASK, Asked, fields_of, unpack
@@ -77,6 +78,7 @@ class FusedPath(ScoringPath):
     overrides: dict[str, Any]
     additional: dict[str, Any]
     asynchronous: bool
+    adapters: VllmAdapters
 
     name = "fused"
     features = frozenset({*FEATURES, "exact_tail"})
@@ -97,6 +99,7 @@ class FusedPath(ScoringPath):
             "async_scheduling": self.asynchronous,
             "enable_chunked_prefill": True,
             "max_model_len": self.facts.max_sequence_tokens,
+            **self.adapters.arguments(),
         }
 
     def defaults(self) -> dict[str, Any]:
@@ -104,6 +107,7 @@ class FusedPath(ScoringPath):
             "enable_prefix_caching": True,
             "max_num_batched_tokens": PREFILL_TOKENS,
             "max_num_seqs": self.max_concurrent,
+            **self.adapters.defaults(),
         }
 
     async def score(self, host: EngineHost, job: ScoreJob) -> Scores:
@@ -114,9 +118,12 @@ class FusedPath(ScoringPath):
         # that is computed.
         tokens = job.token_ids[: int(job.positions[-1]) + 1].tolist()
         parameters = PoolingParams(task=TASK, skip_reading_prefix_cache=False, extra_kwargs=asked.to_extra())
+        adapter = self.adapters.request(job.teacher)
 
         def ask(engine: Any, request_id: str) -> AsyncIterator[Any]:
-            answers: AsyncIterator[Any] = engine.encode({"prompt_token_ids": tokens}, parameters, request_id)
+            answers: AsyncIterator[Any] = engine.encode(
+                {"prompt_token_ids": tokens}, parameters, request_id, lora_request=adapter
+            )
             return answers
 
         output = await host.last_output(job.id, ask)
@@ -160,6 +167,7 @@ class PromptLogprobsPath(ScoringPath):
     max_top_k: int
     full_row_limit: int
     overrides: dict[str, Any]
+    adapters: VllmAdapters
     room: Room
 
     name = "prompt-logprobs"
@@ -190,11 +198,14 @@ class PromptLogprobsPath(ScoringPath):
             "max_logprobs": width if self.full_rows else min(width, self.max_top_k + width - size),
             "enable_prefix_caching": False,  # vLLM does not use it for prompt logprobs
             **({"hf_overrides": self.overrides} if self.overrides else {}),
+            **self.adapters.arguments(),
         }
 
     def defaults(self) -> dict[str, Any]:
         chunk = max(MAX_CONCURRENT, min(PREFILL_TOKENS, LOGIT_BYTES // (12 * self.facts.logit_width)))
-        return {"max_num_batched_tokens": chunk, "max_num_seqs": MAX_CONCURRENT, "enable_chunked_prefill": True}
+        own = self.adapters.defaults()
+        own["max_num_batched_tokens"] = min(chunk, own.get("max_num_batched_tokens", chunk))
+        return {"max_num_seqs": MAX_CONCURRENT, "enable_chunked_prefill": True, **own}
 
     async def score(self, host: EngineHost, job: ScoreJob) -> Scores:
         facts = self.facts
@@ -220,11 +231,13 @@ class PromptLogprobsPath(ScoringPath):
         parameters = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, flat_logprobs=True, prompt_logprobs=entries
         )
+        adapter = self.adapters.request(job.teacher)
         flat = None
 
         async def ask(engine: Any, request_id: str) -> AsyncIterator[Any]:
             nonlocal flat
-            async for output in engine.generate({"prompt_token_ids": tokens}, parameters, request_id):
+            answers = engine.generate({"prompt_token_ids": tokens}, parameters, request_id, lora_request=adapter)
+            async for output in answers:
                 flat = output.prompt_logprobs or flat
                 yield output
 

@@ -1,6 +1,7 @@
 """Digest of a checkpoint's weights: which numbers this teacher computes with.
 
-Owns the digest of a local Hugging Face directory and the small cache that spares a start from reading 64 GB again.
+Owns the digest of a local Hugging Face directory, or of a LoRA adapter's, and the small cache that spares a start from
+reading 64 GB again.
 The cache is an accelerator only: missing, corrupt or unwritable, it changes no digest.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _DIGEST = "blake2b-256"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READERS = 4  # hashing releases the GIL; more readers than this no longer help one disk
 
 _Stamp = list[int]  # [size, mtime_ns, ctime_ns, inode]
@@ -35,7 +37,20 @@ def weights_digest(directory: Path, *, cache_file: Path | None = None) -> str:
     Raises:
         ValueError: the directory has no config.json or no weights.
     """
-    files = _weight_files(directory)
+    return _digest_of(_weight_files(directory), cache_file)
+
+
+def adapter_digest(directory: Path, *, cache_file: Path | None = None) -> str:
+    """As `weights_digest`, over what makes a LoRA adapter: adapter_config.json and adapter_model.safetensors."""
+    return _digest_of([directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS], cache_file)
+
+
+def adapted_digest(base: str, adapter: str) -> str:
+    """Digest of the weights that an adapter on a base makes, from the digests of the two."""
+    return f"{_DIGEST}:{hashlib.blake2b(f'{base}+{adapter}'.encode(), digest_size=32).hexdigest()}"
+
+
+def _digest_of(files: list[Path], cache_file: Path | None) -> str:
     cache_file = default_cache_file() if cache_file is None else cache_file
     cache = _read_cache(cache_file)
     resolved = [path.resolve() for path in files]

@@ -162,3 +162,11 @@ def test_the_synchronous_client():
         with pytest.raises(RuntimeError, match="closed"):
             client.info()
     assert set(threading.enumerate()) <= threads  # an earlier test's may have ended meanwhile
+
+
+def test_a_server_that_knows_no_adapters_is_not_asked_for_one(serve):
+    """It would ignore the field and answer as its base."""
+    teacher = FakeTeacher()
+    with pytest.raises(errors.NotFound, match="'math'; there is only the base"):
+        run(serve, teacher, lambda c: c.score(a_request(1)), teacher="math")
+    assert teacher.asked == []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from teacher_api import settings
-from teacher_server.config import USED_BY, ServerConfig
+from teacher_server.config import ENGINE_FIELDS, SHORTCUTS, USED_BY, ServerConfig
 
 
 def load(*argv: str, environ: dict[str, str] | None = None) -> ServerConfig:
@@ -15,7 +17,7 @@ def load(*argv: str, environ: dict[str, str] | None = None) -> ServerConfig:
         prog="teacher-serve",
         description="",
         env_prefix="TEACHER_",
-        shortcuts={"api-key": "api_keys"},
+        shortcuts=SHORTCUTS,
         flat=True,
         environ=environ or {},
     )
@@ -48,6 +50,32 @@ def test_keys_and_engine_arguments():
     assert engine == {"max_num_seqs": 4, "enforce_eager": True}
 
 
+def test_vllms_own_names_reach_its_engine(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("tensor_parallel_size: 2\nlora:\n  math: from/file\n")
+    flags = ["--quantization", "fp8", "--gpu-memory-utilization", "0.8", "--lora.v1-x", "dir", "--max-model-len", "512"]
+    environ = {"TEACHER_PIPELINE_PARALLEL_SIZE": "3", "TEACHER_LORA__CODE": "other/dir"}
+    config = load("--model", "m", "--backend", "vllm", "--config", str(file), *flags, environ=environ)
+    assert config.engine_arguments == {
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 3,
+        "quantization": "fp8",
+        "gpu_memory_utilization": 0.8,
+    }
+    assert config.lora == {"math": "from/file", "code": "other/dir", "v1-x": "dir"}
+    assert config.max_sequence_tokens == 512
+    again = load("--model", "m", environ={"TEACHER_MAX_MODEL_LEN": "256"})
+    assert again.max_sequence_tokens == 256
+
+
+@pytest.mark.vllm
+def test_the_options_of_vllms_name_are_vllms():
+    pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert set(ENGINE_FIELDS) <= {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+
+
 WRONG = [
     (["--model", "m", "--backend", "fake", "--threads", "2"], "threads has no meaning for backend fake"),
     (["--model", "m", "--fake-latency-s", "1"], "fake_latency_s has no meaning for backend torch"),
@@ -59,6 +87,16 @@ WRONG = [
     (["--model", "m", "--high-water", "1.5"], "high_water"),
     (["--model", "m", "--http-port", "70000"], "http_port"),
     (["--model", "m", "--backend", "jax"], "backend"),
+    (["--model", "m", "--tensor-parallel-size", "2"], "tensor_parallel_size has no meaning for backend torch"),
+    (["--model", "m", "--lora.math", "dir"], "lora has no meaning for backend torch; it is for vllm, fake"),
+    (["--model", "m", "--backend", "fake", "--lora.a b", "dir"], "expected 1 to 128 letters"),
+    (["--model", "x/math", "--backend", "fake", "--lora.math", "dir"], "lora.math: the base is called so"),
+    (["--model", "m", "--backend", "fake", "--lora.math", ""], "lora.math: empty"),
+    (
+        ["--model", "m", "--backend", "vllm", "--quantization", "fp8", "--vllm.quantization", "fp8"],
+        "quantization is given twice, also as vllm.quantization",
+    ),
+    (["--model", "m", "--backend", "vllm", "--data-parallel-size", "0"], "data_parallel_size"),
 ]
 
 

@@ -4,6 +4,8 @@ real one."""
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +51,7 @@ def until(condition: Callable[[], bool], complaint: str) -> None:
 @pytest.fixture
 def host() -> Iterator[Revivable]:
     made = Revivable()
-    made.start(None)
+    made.start(None, {}, timeout_s=20)
     made.starts = 0
     yield made
     made.gate.set()
@@ -92,3 +94,57 @@ def test_a_closed_host_is_not_up_and_starts_nothing(host: Revivable):
     host.close()
     assert not host.is_up()
     assert host.starts == 0
+
+
+class Hanging(Revivable):
+    """Waits for a process of its own, as vLLM does for an engine's, that never says anything; unless it `works`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works = False
+        self.waited_for: list[multiprocessing.process.BaseProcess] = []
+
+    async def _start(self) -> None:
+        if not self.works:
+            self.waited_for.append(multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,)))
+            self.waited_for[-1].start()
+            self.waited_for[-1].join()  # on the engine's loop, which stands still meanwhile
+            raise ValueError("a process of the engine ended")
+        self._engine = Engine()
+
+
+def test_a_start_that_hangs_ends_in_one_line_and_leaves_nothing_behind():
+    host = Hanging()
+    bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    bystander.start()
+    try:
+        with pytest.raises(ValueError, match=r"did not start within 0\.5 s \(engine_start_timeout_s\)"):
+            host.start(None, {}, timeout_s=0.5)
+        assert not host.waited_for[0].is_alive()
+        assert bystander.is_alive(), "not the engine's"
+        host.works = True
+        host.start(None, {}, timeout_s=20)  # as the fallback to another path does
+        assert host.is_up()
+        with pytest.raises(ValueError, match=r"did not answer within 0\.1 s"):
+            host.run_blocking(asyncio.Event().wait(), timeout_s=0.1)
+    finally:
+        host.close()
+        bystander.kill()
+        bystander.join()
+
+
+def test_a_revival_that_hangs_is_killed_and_tried_again():
+    host = Hanging()
+    host.works = True
+    host.start(None, {}, timeout_s=0.5)
+    try:
+        host.works = False
+        host._engine.errored = True
+        killed = -signal.SIGKILL
+        until(lambda: not host.is_up() and host.waited_for and host.waited_for[0].exitcode == killed, "it hangs on")
+        host.works = True
+        until(lambda: not host._is_reviving(), "the start did not end")
+        host._revive_from = time.monotonic()
+        until(host.is_up, "it was not tried again")
+    finally:
+        host.close()

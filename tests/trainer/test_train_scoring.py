@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from serving import serving
 
 from student_trainer import guards, scoring
 from student_trainer.config import TeacherConfig
@@ -17,10 +18,12 @@ from student_trainer.losses import build
 from student_trainer.losses.base import Needs
 from student_trainer.losses.config import parse_loss
 from student_trainer.types import Prompt, Rollout
+from teacher_api.client import TeacherClient
 from teacher_api.errors import (
     DeadlineExceeded,
     FingerprintMismatch,
     InvalidRequest,
+    NotFound,
     Overloaded,
     TeacherError,
     Unavailable,
@@ -100,6 +103,22 @@ def test_the_students_ids_go_along_as_candidates() -> None:
     assert candidates is not None
     assert candidates.ids.tolist() == list(range(12))
     assert candidates.row_offsets.tolist() == [0, 4, 8, 12]
+
+
+def test_an_adapter_by_name_is_the_teacher_of_the_run() -> None:
+    asked = rollouts(2)
+    with serving(lora={"math": "one"}) as server, TeacherClient(server.http_url, teacher="math") as direct:
+        config = TeacherConfig(url=(server.http_url,), name="math", start_timeout_s=20, timeout_s=20)
+        client, info = scoring.connect(config, server.http_url, run_name="run", tokenizer=None)
+        with client:
+            scored = scoring.TeacherScorer(client, server.http_url, config, ScoreOptions(top_k=2)).score(asked)
+        assert info.model_name == "math"
+        assert info.fingerprint == direct.info().fingerprint != server.fingerprint
+        assert {one.scores.fingerprint for one in scored} == {info.fingerprint}
+        with pytest.raises(NotFound, match="'sums'; expected one of math"):
+            scoring.connect(config.model_copy(update={"name": "sums"}), server.http_url, run_name="run", tokenizer=None)
+    with pytest.raises(ValueError, match=r"name: got 'math' with openai\+http://host:1/v1, expected none"):
+        TeacherConfig(url=("openai+http://host:1/v1",), name="math")
 
 
 def with_nan(answers: list[Scores]) -> list[Scores]:
