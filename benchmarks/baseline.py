@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -27,6 +28,7 @@ from teacher_server.config import ServerConfig
 
 VOCABULARY = 32_000
 BATCH_TOKENS = 2048
+GROUP_SIZE, GROUP_PROMPT_TOKENS, GROUP_TOKENS = 8, 512, 128
 
 
 def main() -> None:
@@ -54,6 +56,7 @@ def measure(scratch: Path, options: argparse.Namespace) -> dict[str, float]:
     arguments = ("--dtype", "float32", "--batch-tokens", str(BATCH_TOKENS))
     with processes.teacher(teacher, scratch, *arguments) as announced:
         figures = scoring(teacher, announced, sequences, options)
+        figures["group_shared_prompt_speedup"] = shared_prompt_speedup(scratch, options)
         figures |= training(scratch, student, announced["grpc_url"], options.steps)
     return figures
 
@@ -93,6 +96,36 @@ def scoring(
         figures |= {f"bytes_per_position_{k}": v / rows for k, v in sizes(plain, request, body).items()}
         loop.run(backend.close())
     return figures
+
+
+def shared_prompt_speedup(scratch: Path, options: argparse.Namespace) -> float:
+    """Seconds of a group whose prompt is computed for each completion, over those of the same group that shares it."""
+    model = models.make(scratch / "group", vocabulary=VOCABULARY, hidden=512, layers=8)
+    backend = create(ServerConfig(model=str(model), dtype="float32"))
+    backend.load()
+    random = np.random.Generator(np.random.Philox(1))
+    prompt = random.integers(2, VOCABULARY, GROUP_PROMPT_TOKENS)
+    positions = np.arange(GROUP_PROMPT_TOKENS, GROUP_PROMPT_TOKENS + GROUP_TOKENS, dtype=np.int32)
+    shared = [
+        ScoreJob(
+            str(i),
+            np.concatenate([prompt, random.integers(2, VOCABULARY, GROUP_TOKENS)]).astype(np.int32),
+            GROUP_PROMPT_TOKENS,
+            positions,
+            ScoreOptions(top_k=options.top_k),
+            prompt_key=b"group",
+        )
+        for i in range(GROUP_SIZE)
+    ]
+    apart = [replace(job, prompt_key=b"") for job in shared]
+    with asyncio.Runner() as loop:
+        paths: dict[str, Callable[[], object]] = {
+            "apart": lambda: loop.run(backend.score(apart)),
+            "shared": lambda: loop.run(backend.score(shared)),
+        }
+        seconds = alternate(paths, options.rounds)
+        loop.run(backend.close())
+    return statistics.median(a / b for a, b in zip(seconds["apart"], seconds["shared"], strict=True))
 
 
 def alternate(paths: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -52,15 +52,26 @@ def encode_unsigned(values: npt.ArrayLike, *, narrow: bool = True) -> pb.Array:
 
 
 def encode_float(values: npt.NDArray[np.floating], dtype: pb.DType) -> pb.Array:
-    """Floats as `dtype`; bfloat16 only of values that it holds exactly (`fits_bfloat16`)."""
+    """Finite floats as `dtype`, rounded to the nearest, ties to even."""
     if dtype == pb.DTYPE_FLOAT16:
         data = np.ascontiguousarray(values, dtype="<f2").tobytes()
     elif dtype == pb.DTYPE_BFLOAT16:
-        bits = np.ascontiguousarray(values, dtype="<f4").reshape(-1).view("<u4")
-        data = (bits >> 16).astype("<u2").tobytes()
+        data = to_bfloat16(values).tobytes()
     else:
         data = np.ascontiguousarray(values, dtype="<f4").tobytes()
     return pb.Array(dtype=dtype, shape=values.shape, data=data)
+
+
+def to_bfloat16(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
+    """The bits of finite values as bfloat16, the upper half of a float32: to the nearest, ties to even."""
+    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    upper: npt.NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return upper
+
+
+def from_bfloat16(bits: npt.NDArray[np.uint16]) -> FloatArray:
+    """The values of bfloat16 bits, exactly."""
+    return (bits.astype("<u4") << 16).view("<f4").astype(np.float32, copy=False)
 
 
 def fits_bfloat16(values: FloatArray) -> bool:
@@ -113,8 +124,7 @@ def decode_float(message: pb.Array, *, dtypes: Collection[int], ndim: int) -> np
     if message.dtype == pb.DTYPE_FLOAT16:
         values = np.frombuffer(message.data, "<f2").astype(np.float16, copy=False)
     elif message.dtype == pb.DTYPE_BFLOAT16:
-        bits = np.frombuffer(message.data, "<u2").astype("<u4") << 16
-        values = bits.view("<f4").astype(np.float32, copy=False)
+        values = from_bfloat16(np.frombuffer(message.data, "<u2"))
     else:
         values = np.frombuffer(message.data, "<f4").astype(np.float32, copy=False)
     if not all_finite(values):

@@ -12,7 +12,7 @@ import logging
 import random
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -231,6 +231,23 @@ class Asker:
                 raise self._own_or_overall(error, deadline) from error
 
         return await _retrying(once, deadline)
+
+    async def head(
+        self, receive: Callable[[AsyncIterator[pb.HeadChunk]], Awaitable[None]], fingerprint: str, deadline: Deadline
+    ) -> None:
+        """Hands each attempt's pieces of the output head to `receive`. An attempt has all the time that is left: how
+        long it takes is a matter of the head's size."""
+
+        async def once() -> None:
+            left_s = deadline.left_s()
+            if left_s <= 0:
+                raise DeadlineExceeded(f"the call's {deadline.timeout_s:g} s are over")
+            request = pb.GetHeadRequest(expect_fingerprint=fingerprint)
+            chunks = self._transport.head(request, timeout_s=left_s, request_id=uuid.uuid4().hex)
+            async with aclosing(chunks):  # type: ignore[type-var]
+                await receive(chunks)
+
+        await _retrying(once, deadline)
 
     async def ask(self, request: ScoreRequest, part: Part, fingerprint: str, deadline: Deadline) -> Answers:
         """An answer or an error for each completion of the part. Raises nothing but bugs and cancellation."""

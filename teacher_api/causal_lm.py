@@ -102,13 +102,14 @@ def split(model: Any) -> Parts:
         raise ValueError(f"{name} has no separate trunk and output embedding; expected a causal language model")
     accepts = frozenset(inspect.signature(body.forward).parameters)
     width, hidden_size = _shape_of(project, name)
+    scale, soft_cap = scale_and_soft_cap(config)
     return Parts(
         body=body,
         project=project,
         logit_width=int(getattr(config, "unpadded_vocab_size", None) or width),
         hidden_size=hidden_size,
-        scale=_scale(config),
-        soft_cap=_first(config, _SOFT_CAPS),
+        scale=scale,
+        soft_cap=soft_cap,
         cache_name=next((cache for cache in _CACHE_NAMES if cache in accepts), ""),
         accepts=accepts,
     )
@@ -152,6 +153,11 @@ def verify(parts: Parts, model: Any, input_ids: Any) -> float:
             "rounding); its head does something beyond a product, a scale and a soft cap, so it can't be used here"
         )
     return difference
+
+
+def scale_and_soft_cap(config: Any) -> tuple[float, float | None]:
+    """What a head does after its product, of a language model's configuration (`text_config`)."""
+    return _scale(config), _first(config, _SOFT_CAPS)
 
 
 def _shape_of(project: Any, name: str) -> tuple[int, int]:

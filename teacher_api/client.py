@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
@@ -21,6 +22,8 @@ from teacher_api import info as info_api
 from teacher_api import openai_info
 from teacher_api.asking import Answers, Asker, Deadline, Part, parts_of
 from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError, unknown_teacher
+from teacher_api.head import Head
+from teacher_api.head_download import Receive, head_of
 from teacher_api.openai_info import OpenAIOptions
 from teacher_api.transport import Transport
 from teacher_api.types import CallMetadata, ScoreRequest, Scores, TeacherInfo
@@ -175,6 +178,26 @@ class AsyncTeacherClient:
     async def _teacher(self, deadline: Deadline, name: str) -> TeacherInfo:
         async with self._handshake:
             return self._known.get(name) or await self._ask_info(deadline, name)
+
+    async def head(self, *, cache_dir: str | Path | None = None) -> Head:
+        """The teacher's output head, which makes its whole distribution out of hidden states (teacher_api.head). Within
+        `timeout_s`, however large it is.
+
+        Args:
+            cache_dir: where to look for it and to leave it, under the teacher's fingerprint and the file's digest.
+
+        Raises:
+            PermissionDenied: the teacher does not share it, or not with this key.
+            FingerprintMismatch: it is not the teacher that this client began with.
+            TeacherError: it can't be had, whole and undamaged, within `timeout_s`.
+        """
+        deadline = Deadline.after(self._timeout_s)
+        info = await self._ask_info(deadline, "")  # adapters have their base's
+
+        async def ask(receive: Receive) -> None:
+            await self._asker.head(receive, info.fingerprint, deadline)
+
+        return await head_of(info, ask, None if cache_dir is None else Path(cache_dir))
 
     @overload
     async def score(self, request: ScoreRequest, *, return_errors: Literal[False] = False) -> list[Scores]: ...
@@ -399,6 +422,10 @@ class TeacherClient:
     def info(self) -> TeacherInfo:
         """As AsyncTeacherClient.info."""
         return self._run(self._client.info())
+
+    def head(self, *, cache_dir: str | Path | None = None) -> Head:
+        """As AsyncTeacherClient.head."""
+        return self._run(self._client.head(cache_dir=cache_dir))
 
     @overload
     def score(self, request: ScoreRequest, *, return_errors: Literal[False] = False) -> list[Scores]: ...

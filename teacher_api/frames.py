@@ -24,6 +24,7 @@ from teacher_api.v1 import teacher_pb2 as pb
 from teacher_api.validate import check_scores, num_candidates
 
 CHECKSUM_BYTES = 16
+HIDDEN_DTYPE = {"float32": pb.DTYPE_FLOAT32, "bfloat16": pb.DTYPE_BFLOAT16}
 _VALUE_DTYPE = {"float32": pb.DTYPE_FLOAT32, "float16": pb.DTYPE_FLOAT16}
 
 
@@ -64,6 +65,8 @@ def seal_key(
     digest.update(struct.pack("<IB", 0 if options.top_k == "all" else options.top_k, whole))
     digest.update(struct.pack("<dB", options.temperature, _VALUE_DTYPE[options.value_type]))
     digest.update(struct.pack("<BBB", options.entropy, options.rank, options.hidden))
+    if options.hidden and options.hidden_type != "float32":
+        digest.update(struct.pack("<B", HIDDEN_DTYPE[options.hidden_type]))
     return digest.digest()
 
 
@@ -155,11 +158,12 @@ def encode_scores(
 ) -> Iterator[pb.ScoreFrame]:
     """The sealed frames of one answer, in ascending row order: one, or several of about `max_rows_bytes` each.
 
-    `scores` must have passed `check_scores`. Hidden states go as bfloat16 where that loses nothing.
+    `scores` must have passed `check_scores`. Hidden states go as bfloat16 where they were asked for so, or that loses
+    nothing.
     """
     offsets = candidates.row_offsets if candidates is not None else None
-    hidden_type = pb.DTYPE_FLOAT32
-    if scores.hidden is not None and arrays.fits_bfloat16(scores.hidden):
+    hidden_type = HIDDEN_DTYPE[options.hidden_type]
+    if scores.hidden is not None and hidden_type == pb.DTYPE_FLOAT32 and arrays.fits_bfloat16(scores.hidden):
         hidden_type = pb.DTYPE_BFLOAT16
     for start, stop in _spans(_row_bytes(scores, offsets), max_rows_bytes):
         rows = pb.ScoreRows(
@@ -308,7 +312,7 @@ def decode_rows(rows: pb.ScoreRows) -> dict[str, npt.NDArray[Any]]:
         "topk_logprob": (values, 2),
         "candidate_logprob": (f32, 1),
         "entropy": (f32, 1),
-        "hidden": ((pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16), 2),
+        "hidden": (tuple(HIDDEN_DTYPE.values()), 2),
     }
     found: dict[str, npt.NDArray[Any]] = {}
     for descriptor, _ in rows.ListFields():

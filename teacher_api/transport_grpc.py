@@ -56,6 +56,7 @@ class GrpcTransport:
         self._info = self._channel.unary_unary(f"/{_SERVICE}/GetInfo")
         self._score = self._channel.unary_unary(f"/{_SERVICE}/Score")
         self._stream = self._channel.stream_stream(f"/{_SERVICE}/ScoreStream")
+        self._head = self._channel.unary_stream(f"/{_SERVICE}/GetHead")
 
     def _call(self, timeout_s: float, request_id: str) -> dict[str, Any]:
         return {"timeout": timeout_s, "metadata": (*self._metadata, (REQUEST_ID, request_id))}
@@ -89,6 +90,18 @@ class GrpcTransport:
             raise self._error(error) from error
         finally:
             call.cancel()  # no effect on a call that has ended
+
+    async def head(
+        self, request: pb.GetHeadRequest, *, timeout_s: float, request_id: str
+    ) -> AsyncIterator[pb.HeadChunk]:
+        call = self._head(request.SerializeToString(), **self._call(timeout_s, request_id))
+        try:
+            async for data in call:
+                yield parse(pb.HeadChunk, data)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()
 
     async def close(self) -> None:
         await self._channel.close()

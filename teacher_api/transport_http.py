@@ -8,7 +8,7 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -90,6 +90,16 @@ class HttpTransport:
                     yield parse(pb.ScoreFrame, frame)
             if buffer:
                 raise CorruptResponse(f"the stream ends inside a frame, after {len(buffer)} bytes of it")
+
+    async def head(
+        self, request: pb.GetHeadRequest, *, timeout_s: float, request_id: str
+    ) -> AsyncIterator[pb.HeadChunk]:
+        path = f"/v1/head?{urlencode({'expect_fingerprint': request.expect_fingerprint})}"
+        async with self._call("GET", path, None, timeout_s, request_id) as response:
+            offset = 0
+            async for data in response.aiter_raw():
+                yield pb.HeadChunk(offset=offset, data=data)
+                offset += len(data)
 
     async def close(self) -> None:
         await self._client.aclose()

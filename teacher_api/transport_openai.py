@@ -225,6 +225,12 @@ class OpenAITransport:
         for frame in await self._frames(request, timeout_s, request_id, max_rows_bytes=FRAME_BYTES):
             yield frame
 
+    async def head(
+        self, request: pb.GetHeadRequest, *, timeout_s: float, request_id: str
+    ) -> AsyncIterator[pb.HeadChunk]:
+        raise Unsupported("a stock vllm serve gives no output head")
+        yield  # what makes this a stream, as every transport's is
+
     async def _frames(
         self, message: pb.ScoreRequest, timeout_s: float, request_id: str, *, max_rows_bytes: int | None
     ) -> list[pb.ScoreFrame]:

@@ -61,6 +61,9 @@ class ScoreOptions:
     entropy: bool = False
     rank: bool = False
     hidden: bool = False
+    """The last hidden state of each row, as the output head takes it."""
+    hidden_type: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: rounded to it by the server, half the bytes; they arrive as float32, with the same values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,8 @@ class TeacherInfo:
     scoring_path: str = ""
     hidden_size: int = 0
     teachers: tuple[str, ...] = ()
+    head_digest: str = ""
+    head_bytes: int = 0
 
 
 def scored_positions(completion: Completion, prompt_tokens: int) -> IntArray:

@@ -15,6 +15,7 @@ import numpy as np
 from teacher_api import arrays
 from teacher_api.errors import InvalidRequest, TeacherError, TooLarge, Unsupported
 from teacher_api.frames import (
+    HIDDEN_DTYPE,
     Assembler,
     Question,
     checksum,
@@ -65,6 +66,7 @@ MAX_PARTS = 1 << 16
 """Prompts, and completions, of one request."""
 MAX_RANGES = 1 << 18
 """Of all completions of one request: as messages they take a hundred times their bytes once they are read."""
+_HIDDEN_TYPES = {pb.DTYPE_UNSPECIFIED: "float32"} | {dtype: name for name, dtype in HIDDEN_DTYPE.items()}
 _VALUE_TYPES = {pb.DTYPE_UNSPECIFIED: "float32", pb.DTYPE_FLOAT32: "float32", pb.DTYPE_FLOAT16: "float16"}
 
 
@@ -176,6 +178,8 @@ def check_options(options: ScoreOptions) -> None:
         raise InvalidRequest(f"{top_k!r:.80}; expected 0 to {arrays.MAX_ID}, or 'all'", field="options.top_k")
     if options.value_type not in _VALUE_TYPES.values():
         raise InvalidRequest(f"{options.value_type!r:.80}; expected float32 or float16", field="options.value_type")
+    if options.hidden_type not in HIDDEN_DTYPE:
+        raise InvalidRequest(f"{options.hidden_type!r:.80}; expected float32 or bfloat16", field="options.hidden_type")
     if not (math.isfinite(options.temperature) and options.temperature > 0):
         raise InvalidRequest(f"{options.temperature}; expected a finite number above 0", field="options.temperature")
 
@@ -190,6 +194,7 @@ def _encode_options(options: ScoreOptions) -> pb.ScoreOptions:
         entropy=options.entropy,
         rank=options.rank,
         hidden=options.hidden,
+        hidden_type=None if options.hidden_type == "float32" else HIDDEN_DTYPE[options.hidden_type],
     )
 
 
@@ -294,6 +299,10 @@ def _decode_options(message: pb.ScoreOptions) -> ScoreOptions:
         raise Unsupported(
             f"value type {message.value_type}; expected DTYPE_FLOAT32 or DTYPE_FLOAT16", field="options.value_type"
         )
+    if message.hidden_type not in _HIDDEN_TYPES:
+        raise Unsupported(
+            f"hidden type {message.hidden_type}; expected DTYPE_FLOAT32 or DTYPE_BFLOAT16", field="options.hidden_type"
+        )
     if message.full_vocabulary and message.top_k:
         raise InvalidRequest(f"{message.top_k} with full_vocabulary; expected 0", field="options.top_k")
     temperature = message.temperature if message.HasField("temperature") else 1.0
@@ -306,6 +315,7 @@ def _decode_options(message: pb.ScoreOptions) -> ScoreOptions:
         entropy=message.entropy,
         rank=message.rank,
         hidden=message.hidden,
+        hidden_type="bfloat16" if message.hidden_type == pb.DTYPE_BFLOAT16 else "float32",
     )
 
 

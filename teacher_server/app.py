@@ -133,7 +133,7 @@ class App:
             from teacher_server.auth import KeyRing
 
             logs.configure(self._config.log_format, self._config.log_level)
-            keys = KeyRing([key.get_secret_value() for key in self._config.api_keys])
+            keys = KeyRing.of(self._config)
             core = service.TeacherService(self._config, self.lifecycle)
             self._front.inner = http_api.build(core, keys)
             self._grpc = grpc_api.GrpcServer(core, self.lifecycle, keys)

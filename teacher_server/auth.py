@@ -7,6 +7,7 @@ import hmac
 from collections.abc import Sequence
 
 from teacher_api.errors import Unauthenticated
+from teacher_server.config import ServerConfig
 
 SCHEME = "bearer "
 
@@ -16,6 +17,12 @@ class KeyRing:
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> KeyRing:
+        """Of all who may call; without `api_keys` everybody may."""
+        keys = (*config.api_keys, *config.head_keys) if config.api_keys else ()
+        return cls([key.get_secret_value() for key in keys])
 
     def check(self, authorization: str | None) -> None:
         """Raises Unauthenticated unless `authorization` is `Bearer <one of the keys>`, or no keys are set."""

@@ -24,6 +24,8 @@ USED_BY = {
     "engine_start_timeout_s": ("vllm",),
     "vllm": ("vllm",),
     "lora": ("vllm", "fake"),
+    "share_head": ("torch", "vllm"),
+    "head_keys": ("torch", "vllm"),
     "fake_": ("fake",),
 }
 """Fields that only some backends read; given to another one they are refused rather than ignored."""
@@ -145,6 +147,11 @@ class ServerConfig(Section):
     api_keys: tuple[SecretStr, ...] = ()
     """Keys of which a caller must send one as `authorization: Bearer …`; none: everybody may call. Better given as
     TEACHER_API_KEYS or in a file than on the command line, where other users of the machine can read them."""
+    share_head: Literal["none", "all", "keys"] = "none"
+    """Who may download the model's output head, which with hidden states gives the teacher's whole distribution:
+    nobody, everybody who may call, or the callers with one of `head_keys`."""
+    head_keys: tuple[SecretStr, ...] = ()
+    """Keys that may download the output head, and whatever `api_keys` may."""
     announce_file: str = ""
     """File that gets the ready line as JSON, for a parent that starts this server on free ports."""
 
@@ -180,7 +187,7 @@ class ServerConfig(Section):
     fake_restart_s: float = Field(default=1.0, ge=0, le=3600)
     """Time after which a killed engine is up again."""
 
-    @field_validator("api_keys")
+    @field_validator("api_keys", "head_keys")
     @classmethod
     def _long_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         if any(len(key.get_secret_value()) < 8 for key in keys):
@@ -219,6 +226,13 @@ class ServerConfig(Section):
                 f"max_request_bytes {self.max_request_bytes} exceeds receiving_bytes {self.receiving_bytes}: "
                 "such a body could never be received"
             )
+        if (self.share_head == "keys") != bool(self.head_keys):
+            raise ValueError(
+                f"share_head is {self.share_head} and there are {len(self.head_keys)} head_keys; "
+                "expected share_head keys and at least one of them, or neither"
+            )
+        if self.share_head != "none" and self.control != "none":
+            raise ValueError(f"share_head has no meaning for control {self.control}: its scores come from no head")
         if self.reference and self.backend == "vllm":
             raise ValueError("reference needs backend torch: vLLM's results depend on what else is being scored")
         for name in sorted(self.model_fields_set):

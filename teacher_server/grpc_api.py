@@ -1,4 +1,4 @@
-"""The service over gRPC: the contract's three methods, standard health and reflection, errors as google.rpc.Status.
+"""The service over gRPC: the contract's methods, standard health and reflection, errors as google.rpc.Status.
 Maps messages and nothing else; rules live in service.py.
 
 Requests arrive as bytes and are parsed here, so that a damaged message is the caller's error and not an internal one.
@@ -104,10 +104,14 @@ def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
     async def score_stream(requests: AsyncIterator[bytes], context: Any) -> None:
         await _answered(context, lambda request_id: _score_stream(service, requests, request_id, context))
 
+    async def get_head(request: bytes, context: Any) -> None:
+        await _answered(context, lambda _: _get_head(service, request, context))
+
     methods = {
         "GetInfo": grpc.unary_unary_rpc_method_handler(get_info),
         # Of one answer, written by ourselves: one that is returned may lie unread for ever and counts as sent.
         "Score": grpc.unary_stream_rpc_method_handler(score),
+        "GetHead": grpc.unary_stream_rpc_method_handler(get_head),
         "ScoreStream": grpc.stream_stream_rpc_method_handler(score_stream),
     }
     return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -139,6 +143,20 @@ async def _score_stream(service: TeacherService, requests: AsyncIterator[bytes],
             for frame in frames_of(answer, request_id, max_rows_bytes=FRAME_BYTES):
                 async with taken_within(service.config.answer_idle_s):
                     await context.write(frame.SerializeToString())
+
+
+async def _get_head(service: TeacherService, data: bytes, context: Any) -> None:
+    try:
+        expected = pb.GetHeadRequest.FromString(data).expect_fingerprint
+    except DecodeError:
+        raise InvalidRequest("the message is not a teacher.v1.GetHeadRequest") from None
+    authorization = dict(context.invocation_metadata() or ()).get("authorization")
+    file, offset = service.head_file(authorization, expected), 0
+    async with contextlib.aclosing(service.head_pieces(file, FRAME_BYTES)) as pieces:
+        async for piece in pieces:
+            async with taken_within(service.config.answer_idle_s):
+                await context.write(pb.HeadChunk(offset=offset, data=piece).SerializeToString())
+            offset += len(piece)
 
 
 def _decoded(data: bytes, service: TeacherService) -> wire.DecodedRequest:

@@ -50,6 +50,7 @@ def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
     app.add_exception_handler(TeacherError, _teacher_error)
     app.add_exception_handler(HTTPException, _http_exception)
     _add_routes(app, service)
+    _add_head(app, service)
     openai_api.add_routes(app, service)
     describe(app)
     return _Envelope(app, keys)
@@ -81,6 +82,18 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         if PROTOBUF in request.headers.get("accept", ""):
             return Response(info_api.to_proto(found).SerializeToString(), media_type=PROTOBUF)
         return Response(info_api.to_json(found), media_type=JSON)
+
+
+def _add_head(app: FastAPI, service: TeacherService) -> None:
+    @app.get("/v1/head", summary="The output head as a safetensors file, where it is shared")
+    async def head(request: Request, expect_fingerprint: str = "") -> Response:
+        file = service.head_file(request.headers.get("authorization"), expect_fingerprint)
+        return Frames(
+            service.head_pieces(file, FRAME_BYTES),
+            service.config.answer_idle_s,
+            media_type="application/octet-stream",
+            headers={"content-length": str(file.num_bytes), "etag": f'"{file.digest}"'},
+        )
 
 
 async def _scored(

@@ -48,7 +48,7 @@ def _info(config: ServerConfig, features: frozenset[str], facts: ModelFacts) -> 
         max_completions=config.max_completions,
         max_request_bytes=config.max_request_bytes,
         max_response_bytes=min(config.max_response_bytes, config.queue_bytes),
-        features=tuple(sorted(features)),
+        features=tuple(sorted(features | ({"hidden_bfloat16"} if "hidden" in features else set()))),
         server_version=server_version(),
         model_revision=facts.model_revision,
         weights_digest=facts.weights_digest,

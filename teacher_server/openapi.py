@@ -46,6 +46,7 @@ def _completed(schema: dict[str, Any]) -> dict[str, Any]:
         "description": "frames, each a little-endian uint32 length and a teacher.v1.ScoreFrame",
         "content": frames,
     }
+    paths["/v1/head"]["get"]["responses"]["200"] = {"description": "a safetensors file", "content": frames}
     openai_body = {"application/json": {"schema": {"$ref": REF.format(model="CompletionRequest")}}}
     paths["/v1/completions"]["post"]["requestBody"] = {"required": True, "content": openai_body}
     for name, path in paths.items():

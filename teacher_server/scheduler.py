@@ -74,16 +74,20 @@ def _company(head: Entry, others: Iterable[Entry], policy: BatchPolicy) -> list[
         same_prompt = bool(head.job.prompt_key) and entry.job.prompt_key == head.job.prompt_key
         return (not same_prompt, abs(entry.job.num_tokens - head.job.num_tokens))
 
-    batch, longest, total = [head], head.job.num_tokens, head.job.num_tokens
+    batch, longest, total, saved = [head], head.job.num_tokens, head.job.num_tokens, 0
+    prompts = {head.job.prompt_key}
     for entry in sorted(others, key=distance):
         if len(batch) >= policy.max_sequences:
             break
         new_longest = max(longest, entry.job.num_tokens)
         padded, new_total = new_longest * (len(batch) + 1), total + entry.job.num_tokens
-        if padded > policy.max_tokens or padded - new_total > MAX_PADDING * padded:
+        again = policy.shares_prompts and bool(entry.job.prompt_key) and entry.job.prompt_key in prompts
+        new_saved = saved + (entry.job.prompt_tokens if again else 0)
+        if padded - new_saved > policy.max_tokens or padded - new_total > MAX_PADDING * padded:
             continue
         batch.append(entry)
-        longest, total = new_longest, new_total
+        longest, total, saved = new_longest, new_total, new_saved
+        prompts.add(entry.job.prompt_key)
     first_of_prompt: dict[bytes, int] = {}
     for place, entry in enumerate(batch):
         first_of_prompt.setdefault(entry.job.prompt_key, place)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -20,11 +22,20 @@ from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Admission, Cost, Receiving
 from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.config import ServerConfig
+from teacher_server.head_share import (
+    HeadAccess,
+    HeadFile,
+    as_client_has_it,
+    check_can_share,
+    check_head,
+    offered,
+    write_head,
+)
 from teacher_server.identity import teacher_infos
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.output_check import checked
 from teacher_server.scheduler import Scheduler
-from teacher_server.validation import answer_bytes, jobs_of
+from teacher_server.validation import answer_bytes, check_fingerprint, jobs_of
 
 RETRY_WHILE_STARTING_S = 1.0
 RETRY_WHILE_FULL_S = 5.0
@@ -52,6 +63,8 @@ class TeacherService:
         self._infos: dict[str, TeacherInfo] = {}  # by teacher, the base's under ""; empty while the model loads
         self._scheduler: Scheduler | None = None
         self.open_streams = 0
+        self._head_access = HeadAccess(config)
+        self._head_file: HeadFile | None = None
         self.admission = Admission(config.queue_tokens, config.queue_bytes, self._tokens_per_s)
         self.receiving = Receiving(config.receiving_bytes)
         lifecycle.watch_work(self._idle_s, lambda: self.admission.share)
@@ -77,9 +90,12 @@ class TeacherService:
             )
         self._scheduler = scheduler = Scheduler(backend)
         tasks = [asyncio.create_task(scheduler.run())]
+        scratch = tempfile.TemporaryDirectory(prefix="teacher-head-") if self.config.share_head != "none" else None
         try:
             for name, each in infos.items():
                 await self_check(scheduler, each, name)
+            if scratch is not None:  # adapters have their base's
+                infos[""] = await self._share_head(backend, scheduler, infos[""], Path(scratch.name))
             self._infos = infos
             self.lifecycle.become_ready()
             tasks.append(asyncio.create_task(self._watch_engine(backend)))
@@ -88,6 +104,48 @@ class TeacherService:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if scratch is not None:
+                scratch.cleanup()
+
+    async def _share_head(
+        self, backend: ScoringBackend, scheduler: Scheduler, info: TeacherInfo, directory: Path
+    ) -> TeacherInfo:
+        """Makes the head's file once the head is known to be the model's. Raises ValueError where it is not."""
+        check_can_share(info)
+        head = await asyncio.to_thread(backend.output_head)
+
+        async def ask(job: ScoreJob) -> Scores | TeacherError:
+            deadline = asyncio.get_running_loop().time() + SELF_CHECK_TIMEOUT_S
+            return checked(job, await scheduler.submit(job, deadline), info.tokenizer_size)
+
+        await check_head(await asyncio.to_thread(as_client_has_it, head, info), info, ask)
+        self._head_file = await asyncio.to_thread(write_head, head, info, directory)
+        return offered(info, self._head_file)
+
+    def head_file(self, authorization: str | None, expect_fingerprint: str) -> HeadFile:
+        """The output head, for a caller who may have it.
+
+        Raises:
+            PermissionDenied: it is not shared, or not with this key.
+            FingerprintMismatch: the caller expects another teacher.
+            TeacherError: the server is not ready, or full.
+        """
+        info = self.open_info()
+        self._head_access.check(authorization)
+        check_fingerprint(expect_fingerprint, info)
+        self.refuse_stream_if_full()
+        assert self._head_file is not None, "share_head without a head"
+        return self._head_file
+
+    async def head_pieces(self, file: HeadFile, piece_bytes: int) -> AsyncGenerator[bytes, None]:
+        """The file; while it is being sent it counts as a stream."""
+        self.open_streams += 1
+        try:
+            async with contextlib.aclosing(file.pieces(piece_bytes)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self.open_streams -= 1
 
     async def _watch_engine(self, backend: ScoringBackend) -> None:
         """Tells the probes of an engine that died. It is asked, for no work comes to a server that is not ready."""

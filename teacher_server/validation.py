@@ -59,12 +59,7 @@ def decoded_of(request: ScoreRequest) -> DecodedRequest:
 
 
 def _check_shared(request: ScoreRequest, num_completions: int, info: TeacherInfo) -> None:
-    if request.expect_fingerprint and request.expect_fingerprint != info.fingerprint:
-        raise FingerprintMismatch(
-            f"this teacher is {info.fingerprint}, the caller expects {request.expect_fingerprint[:128]!r}: "
-            "weights, adapter, dtype, engine or scoring path differ",
-            field="expect_fingerprint",
-        )
+    check_fingerprint(request.expect_fingerprint, info)
     if not num_completions:
         raise InvalidRequest("no completions; expected at least one", field="completions")
     if num_completions > info.max_completions:
@@ -75,6 +70,16 @@ def _check_shared(request: ScoreRequest, num_completions: int, info: TeacherInfo
     if request.timeout_s is not None and not (math.isfinite(request.timeout_s) and request.timeout_s > 0):
         raise InvalidRequest(f"got {request.timeout_s}; expected a finite number > 0", field="timeout_s")
     _check_options(request.options, info)
+
+
+def check_fingerprint(expected: str, info: TeacherInfo) -> None:
+    """Raises FingerprintMismatch unless `expected` is this teacher's fingerprint, or empty."""
+    if expected and expected != info.fingerprint:
+        raise FingerprintMismatch(
+            f"this teacher is {info.fingerprint}, the caller expects {expected[:128]!r}: "
+            "weights, adapter, dtype, engine or scoring path differ",
+            field="expect_fingerprint",
+        )
 
 
 def _check_options(options: ScoreOptions, info: TeacherInfo) -> None:
@@ -90,6 +95,8 @@ def _check_options(options: ScoreOptions, info: TeacherInfo) -> None:
             raise InvalidRequest(f"got {options.top_k}; expected 0 or more", field="options.top_k")
         if options.top_k > info.max_top_k:
             raise TooLarge(f"got {options.top_k}; this teacher gives at most {info.max_top_k}", field="options.top_k")
+    if options.hidden_type != "float32" and not options.hidden:
+        raise InvalidRequest("got a type without hidden; expected hidden with it", field="options.hidden_type")
     needed = {
         "top_k": (options.top_k != "all" and options.top_k > 0, "top_k"),
         "full_vocabulary": (options.top_k == "all", "full_vocabulary"),
@@ -98,6 +105,7 @@ def _check_options(options: ScoreOptions, info: TeacherInfo) -> None:
         "entropy": (options.entropy, "entropy"),
         "rank": (options.rank, "rank"),
         "hidden": (options.hidden, "hidden"),
+        "hidden_bfloat16": (options.hidden_type == "bfloat16", "hidden_type"),
     }
     for feature, (asked, name) in needed.items():
         if asked and feature not in info.features:

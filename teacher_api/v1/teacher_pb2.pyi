@@ -65,7 +65,7 @@ class Completion(_message.Message):
     def __init__(self, id: _Optional[str] = ..., prompt_index: _Optional[int] = ..., token_ids: _Optional[_Union[Array, _Mapping]] = ..., ranges: _Optional[_Iterable[_Union[Range, _Mapping]]] = ..., candidates: _Optional[_Union[Candidates, _Mapping]] = ...) -> None: ...
 
 class ScoreOptions(_message.Message):
-    __slots__ = ("top_k", "full_vocabulary", "temperature", "value_type", "entropy", "rank", "hidden")
+    __slots__ = ("top_k", "full_vocabulary", "temperature", "value_type", "entropy", "rank", "hidden", "hidden_type")
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     FULL_VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class ScoreOptions(_message.Message):
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_TYPE_FIELD_NUMBER: _ClassVar[int]
     top_k: int
     full_vocabulary: bool
     temperature: float
@@ -80,7 +81,8 @@ class ScoreOptions(_message.Message):
     entropy: bool
     rank: bool
     hidden: bool
-    def __init__(self, top_k: _Optional[int] = ..., full_vocabulary: bool = ..., temperature: _Optional[float] = ..., value_type: _Optional[_Union[DType, str]] = ..., entropy: bool = ..., rank: bool = ..., hidden: bool = ...) -> None: ...
+    hidden_type: DType
+    def __init__(self, top_k: _Optional[int] = ..., full_vocabulary: bool = ..., temperature: _Optional[float] = ..., value_type: _Optional[_Union[DType, str]] = ..., entropy: bool = ..., rank: bool = ..., hidden: bool = ..., hidden_type: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class CallMetadata(_message.Message):
     __slots__ = ("tenant", "experiment", "run")
@@ -186,8 +188,22 @@ class GetInfoRequest(_message.Message):
     teacher: str
     def __init__(self, teacher: _Optional[str] = ...) -> None: ...
 
+class GetHeadRequest(_message.Message):
+    __slots__ = ("expect_fingerprint",)
+    EXPECT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    expect_fingerprint: str
+    def __init__(self, expect_fingerprint: _Optional[str] = ...) -> None: ...
+
+class HeadChunk(_message.Message):
+    __slots__ = ("offset", "data")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class TeacherInfo(_message.Message):
-    __slots__ = ("api_version", "server_version", "features", "fingerprint", "model_name", "model_revision", "weights_digest", "tokenizer_fingerprint", "tokenizer_size", "logit_width", "max_sequence_tokens", "max_top_k", "max_candidates", "max_request_bytes", "max_response_bytes", "dtype", "quantisation", "head_dtype", "engine", "engine_version", "scoring_path", "tokenizer_parts", "max_completions", "hidden_size", "teachers")
+    __slots__ = ("api_version", "server_version", "features", "fingerprint", "model_name", "model_revision", "weights_digest", "tokenizer_fingerprint", "tokenizer_size", "logit_width", "max_sequence_tokens", "max_top_k", "max_candidates", "max_request_bytes", "max_response_bytes", "dtype", "quantisation", "head_dtype", "engine", "engine_version", "scoring_path", "tokenizer_parts", "max_completions", "hidden_size", "head_digest", "head_bytes", "teachers")
     class TokenizerPartsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +235,8 @@ class TeacherInfo(_message.Message):
     TOKENIZER_PARTS_FIELD_NUMBER: _ClassVar[int]
     MAX_COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     TEACHERS_FIELD_NUMBER: _ClassVar[int]
     api_version: int
     server_version: str
@@ -244,5 +262,7 @@ class TeacherInfo(_message.Message):
     tokenizer_parts: _containers.ScalarMap[str, str]
     max_completions: int
     hidden_size: int
+    head_digest: str
+    head_bytes: int
     teachers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, api_version: _Optional[int] = ..., server_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., model_name: _Optional[str] = ..., model_revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., tokenizer_size: _Optional[int] = ..., logit_width: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantisation: _Optional[str] = ..., head_dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., scoring_path: _Optional[str] = ..., tokenizer_parts: _Optional[_Mapping[str, str]] = ..., max_completions: _Optional[int] = ..., hidden_size: _Optional[int] = ..., teachers: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, api_version: _Optional[int] = ..., server_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., model_name: _Optional[str] = ..., model_revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., tokenizer_size: _Optional[int] = ..., logit_width: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantisation: _Optional[str] = ..., head_dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., scoring_path: _Optional[str] = ..., tokenizer_parts: _Optional[_Mapping[str, str]] = ..., max_completions: _Optional[int] = ..., hidden_size: _Optional[int] = ..., head_digest: _Optional[str] = ..., head_bytes: _Optional[int] = ..., teachers: _Optional[_Iterable[str]] = ...) -> None: ...

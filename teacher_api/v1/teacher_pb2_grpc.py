@@ -49,6 +49,11 @@ class TeacherServiceStub(object):
                 request_serializer=teacher__api_dot_v1_dot_teacher__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=teacher__api_dot_v1_dot_teacher__pb2.ScoreFrame.FromString,
                 _registered_method=True)
+        self.GetHead = channel.unary_stream(
+                '/teacher.v1.TeacherService/GetHead',
+                request_serializer=teacher__api_dot_v1_dot_teacher__pb2.GetHeadRequest.SerializeToString,
+                response_deserializer=teacher__api_dot_v1_dot_teacher__pb2.HeadChunk.FromString,
+                _registered_method=True)
 
 
 class TeacherServiceServicer(object):
@@ -79,6 +84,14 @@ class TeacherServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetHead(self, request, context):
+        """The teacher's output head, where it is offered (feature `head`) and to whom it is given: a safetensors file of
+        TeacherInfo.head_bytes bytes, in order. docs/protocol.md, "The output head", says what is in it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +109,11 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.ScoreStream,
                     request_deserializer=teacher__api_dot_v1_dot_teacher__pb2.ScoreRequest.FromString,
                     response_serializer=teacher__api_dot_v1_dot_teacher__pb2.ScoreFrame.SerializeToString,
+            ),
+            'GetHead': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetHead,
+                    request_deserializer=teacher__api_dot_v1_dot_teacher__pb2.GetHeadRequest.FromString,
+                    response_serializer=teacher__api_dot_v1_dot_teacher__pb2.HeadChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +197,33 @@ class TeacherService(object):
             '/teacher.v1.TeacherService/ScoreStream',
             teacher__api_dot_v1_dot_teacher__pb2.ScoreRequest.SerializeToString,
             teacher__api_dot_v1_dot_teacher__pb2.ScoreFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/teacher.v1.TeacherService/GetHead',
+            teacher__api_dot_v1_dot_teacher__pb2.GetHeadRequest.SerializeToString,
+            teacher__api_dot_v1_dot_teacher__pb2.HeadChunk.FromString,
             options,
             channel_credentials,
             insecure,

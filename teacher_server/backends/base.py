@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from teacher_api.errors import TeacherError
 from teacher_api.types import Candidates, IntArray, ScoreOptions, Scores
@@ -44,6 +45,7 @@ class BatchPolicy:
     max_tokens: int  # padded tokens of one batch (its number of sequences times its longest)
     max_sequences: int
     max_concurrent_batches: int = 1
+    shares_prompts: bool = False  # the prompt of several jobs is computed once, and so counts once
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,16 @@ class ModelFacts:
     """Further teachers on this base: name -> digest of the weights that score for it, the base's among them."""
 
 
+@dataclass(frozen=True, slots=True)
+class OutputHead:
+    """logits = cap(scale · (weight h + bias)) of hidden states h as the backend answers them; torch tensors."""
+
+    weight: Any  # [W, H], in the arithmetic of the model
+    bias: Any | None  # [W]
+    scale: float
+    soft_cap: float | None
+
+
 class ScoringBackend(ABC):
     """An engine that scores. `load` is called once, in a thread; `score` only afterwards, concurrently up to
     `policy.max_concurrent_batches`."""
@@ -88,6 +100,14 @@ class ScoringBackend(ABC):
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
         """Scores a batch; the answer has one entry per job, in order. A failure of one job is its entry, not an
         exception; an exception means that the whole batch failed."""
+
+    def output_head(self) -> OutputHead:
+        """The loaded model's head, for clients that may have it. Called in a thread, after `load`.
+
+        Raises:
+            ValueError: one line: it has none, or one that is not understood.
+        """
+        raise ValueError(f"backend {self.name} has no output head to share")
 
     def is_up(self) -> bool:
         """Whether the engine can score. False while one that died is being started again; where nobody has begun to,

@@ -1,8 +1,9 @@
 """The embedded engine: any transformers causal language model, without vLLM, on the CPU or one GPU.
 
 Owns batching and the one thread that touches the model. Sequences are sorted by length and right-padded to batches of
-a token budget; only the rows that were asked for go through the head. In reference mode each sequence runs alone, so
-that its answer is the same bits whatever else is asked, and after any restart.
+a token budget; a prompt that several share runs once; only the rows that were asked for go through the head. In
+reference mode each sequence runs alone and whole, so that its answer is the same bits whatever else is asked, and after
+any restart.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from torch import Tensor
 
 from teacher_api.errors import BackendFailed, InvalidBackendOutput, InvalidRequest, TeacherError, TooLarge
 from teacher_api.types import Candidates, FloatArray, ScoreOptions, Scores
-from teacher_server.backends.base import FEATURES, BatchPolicy, ModelFacts, ScoreJob, ScoringBackend
+from teacher_server.backends.base import FEATURES, BatchPolicy, ModelFacts, OutputHead, ScoreJob, ScoringBackend
 from teacher_server.backends.rows import RowScores, auto_chunk_rows, score_rows
-from teacher_server.backends.torch_loading import Loaded, load
+from teacher_server.backends.shared_prompt import Prompt, groups_of, parts_of, shared_tokens
+from teacher_server.backends.torch_loading import Loaded, load, output_head
 
 logger = logging.getLogger(__name__)
 
 _Answer = Scores | TeacherError
+_FAILURES = (RuntimeError, IndexError)  # out of memory is a RuntimeError
 
 
 class TorchBackend(ScoringBackend):
@@ -44,7 +47,8 @@ class TorchBackend(ScoringBackend):
         threads: of the CPU for one operation; 0: torch's default, in reference mode 1 (more is as reproducible, on
             machines that have them).
         reference: one sequence per forward.
-        batch_tokens: padded tokens of one forward: its number of sequences times its longest.
+        batch_tokens: padded tokens of one forward: its number of sequences times its longest. Where their prompt has
+            run before, its tokens count a quarter.
         batch_sequences: sequences of one forward.
         head_chunk_rows: rows whose logits exist at once; 0: as many as fill 32 MiB.
         max_sequence_tokens: longest sequence; 0: the model's positions, or 32,768 where it has no limit.
@@ -82,7 +86,11 @@ class TorchBackend(ScoringBackend):
 
     @property
     def policy(self) -> BatchPolicy:
-        return BatchPolicy(max_tokens=self._batch_tokens, max_sequences=self._batch_sequences)
+        return BatchPolicy(self._batch_tokens, self._batch_sequences, shares_prompts=self._shares_prompts)
+
+    @property
+    def _shares_prompts(self) -> bool:
+        return not self._reference and self._loaded is not None and self._loaded.shares_prompts
 
     def load(self) -> ModelFacts:
         """Loads the model, in the thread that will run it. Raises ValueError of one line."""
@@ -95,6 +103,10 @@ class TorchBackend(ScoringBackend):
             return await asyncio.get_running_loop().run_in_executor(self._worker, self._score, jobs, abandoned)
         finally:
             abandoned.set()  # a cancelled caller: the batch under way is the last one run for it
+
+    def output_head(self) -> OutputHead:
+        assert self._loaded is not None, "head before load"
+        return output_head(self._loaded.parts)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
@@ -131,11 +143,34 @@ class TorchBackend(ScoringBackend):
             if refusal is not None:
                 answers[index] = refusal
         accepted = [index for index in range(len(jobs)) if index not in answers]
-        for batch in self._batches(jobs, accepted):
-            if abandoned.is_set():
-                raise BackendFailed("the caller gave up before the batch ran")
+        groups = groups_of(jobs, accepted) if self._shares_prompts else []
+        for group in groups:
+            answers |= zip(group, self._run_group([jobs[index] for index in group], abandoned), strict=True)
+        for batch in self._batches(jobs, [index for index in accepted if index not in answers]):
+            _stop_if(abandoned)
             answers |= zip(batch, self._run_isolated([jobs[index] for index in batch]), strict=True)
         return [answers[index] for index in range(len(jobs))]
+
+    def _run_group(self, jobs: Sequence[ScoreJob], abandoned: threading.Event) -> list[_Answer]:
+        """Jobs that share a prompt, longest need first: it runs once, then they do, a forward at a time. Where one
+        fails, each of its jobs runs alone."""
+        _stop_if(abandoned)
+        try:
+            prompt = self._run_prompt(jobs[0])
+        except _FAILURES as error:
+            logger.warning("prompt of %d sequences failed: %s", len(jobs), error)
+            return [answer for job in jobs for answer in self._run_isolated([job])]
+        answers: list[_Answer] = []
+        parts = parts_of(jobs, batch_tokens=self._batch_tokens, batch_sequences=self._batch_sequences)
+        for part in parts:
+            _stop_if(abandoned)
+            members = [jobs[index] for index in part]
+            try:
+                answers += self._run_after(prompt, members, first=not answers)
+            except _FAILURES as error:
+                logger.warning("batch of %d sequences failed: %s", len(members), error)
+                answers += [answer for job in members for answer in self._run_isolated([job])]
+        return answers
 
     def _batches(self, jobs: Sequence[ScoreJob], indices: Sequence[int]) -> list[list[int]]:
         """Groups jobs of like length under the token budget; a sequence over the budget runs alone."""
@@ -158,7 +193,7 @@ class TorchBackend(ScoringBackend):
         """Runs a batch; where that fails, each of its jobs alone, so that only the ones at fault get an error."""
         try:
             return self._run(jobs)
-        except (RuntimeError, IndexError) as error:  # out of memory is a RuntimeError
+        except _FAILURES as error:
             logger.warning("batch of %d sequences failed: %s", len(jobs), error)
             if len(jobs) == 1:
                 message = " ".join(str(error).split())
@@ -169,26 +204,64 @@ class TorchBackend(ScoringBackend):
 
     @torch.inference_mode()
     def _run(self, jobs: Sequence[ScoreJob]) -> list[_Answer]:
-        """One forward, then the head on the rows asked for, grouped by options."""
+        """One forward of whole sequences."""
         assert self._loaded is not None
-        loaded = self._loaded
-        device = loaded.parts.project.weight.device
         # Row t - 1 predicts position t: what follows the last scored position changes nothing. Under LongRoPE the
         # sequence's length does, so it runs whole.
-        whole = loaded.long_rope_after is not None
+        whole = self._loaded.long_rope_after is not None
         fed = [job.num_tokens if whole else int(job.positions[-1]) for job in jobs]
-        hidden_BTH = loaded.parts.trunk(
-            _right_padded([job.token_ids[:n] for job, n in zip(jobs, fed, strict=True)], device)
-        )
+        ids_BT = self._right_padded([job.token_ids[:n] for job, n in zip(jobs, fed, strict=True)])
+        hidden_BTH = self._loaded.parts.trunk(ids_BT)
+        first_rows = range(0, ids_BT.numel(), ids_BT.shape[1])
+        rows = [job.positions - 1 + first for job, first in zip(jobs, first_rows, strict=True)]
+        return self._answers(jobs, hidden_BTH.flatten(0, 1), rows, [(n, 0) for n in fed])
+
+    @torch.inference_mode()
+    def _run_prompt(self, longest: ScoreJob) -> Prompt:
+        assert self._loaded is not None
+        parts = self._loaded.parts
+        return Prompt.run(parts, longest.token_ids[: shared_tokens(longest)], parts.project.weight.device)
+
+    @torch.inference_mode()
+    def _run_after(self, prompt: Prompt, jobs: Sequence[ScoreJob], *, first: bool) -> list[_Answer]:
+        """One forward of what follows `prompt`; the first job of the first one is who it was computed for."""
+        assert self._loaded is not None
+        tails = [job.token_ids[job.prompt_tokens : int(job.positions[-1])] for job in jobs]
+        num_shared, longest = len(prompt.hidden_PH), max(map(len, tails))
+        hidden_RH = prompt.hidden_PH
+        if longest:  # else all their rows are within the prompt
+            hidden_BTH = prompt.then(self._loaded.parts, self._right_padded(tails))
+            hidden_RH = torch.cat([hidden_RH, hidden_BTH.flatten(0, 1)])
+        rows, counts = [], []
+        for place, (job, tail) in enumerate(zip(jobs, tails, strict=True)):
+            row_N = job.positions.astype(np.int64) - 1
+            rows.append(np.where(row_N < num_shared, row_N, row_N + place * longest))
+            computed_here = first and place == 0
+            counts.append((len(tail) + num_shared, 0) if computed_here else (len(tail), shared_tokens(job)))
+        return self._answers(jobs, hidden_RH, rows, counts)
+
+    def _right_padded(self, sequences: Sequence[np.ndarray]) -> Tensor:
+        assert self._loaded is not None
+        return _right_padded(sequences, self._loaded.parts.project.weight.device)
+
+    def _answers(
+        self,
+        jobs: Sequence[ScoreJob],
+        hidden_RH: Tensor,
+        rows: Sequence[np.ndarray],
+        counts: Sequence[tuple[int, int]],
+    ) -> list[_Answer]:
+        """The head on each job's own `rows` of the hidden states, grouped by options; `counts` are its computed and
+        cached tokens."""
+        assert self._loaded is not None
+        loaded, device = self._loaded, hidden_RH.device
         groups: dict[tuple[ScoreOptions, bool], list[int]] = {}
         for index, job in enumerate(jobs):
             groups.setdefault((job.options, job.candidates is not None), []).append(index)
         answers: dict[int, _Answer] = {}
         for (options, _), members in groups.items():
             group = [jobs[index] for index in members]
-            rows = [np.asarray(job.positions, np.int64) - 1 for job in group]
-            sequence_N = np.repeat(members, [len(r) for r in rows])
-            hidden_NH = hidden_BTH[_on(sequence_N, device), _on(np.concatenate(rows), device)]
+            hidden_NH = hidden_RH[_on(np.concatenate([rows[index] for index in members]), device)]
             scores = score_rows(
                 loaded.head,
                 hidden_NH,
@@ -199,9 +272,14 @@ class TorchBackend(ScoringBackend):
                 chunk_rows=self._head_chunk_rows or auto_chunk_rows(loaded.facts.logit_width),
             )
             states = hidden_NH.float().cpu().numpy() if options.hidden else None
-            computed = [fed[index] for index in members]
-            answers |= zip(members, _cut(group, scores, states, computed), strict=True)
+            own_counts = [counts[index] for index in members]
+            answers |= zip(members, _cut(group, scores, states, own_counts), strict=True)
         return [answers[index] for index in range(len(jobs))]
+
+
+def _stop_if(abandoned: threading.Event) -> None:
+    if abandoned.is_set():
+        raise BackendFailed("the caller gave up before the batch ran")
 
 
 def _device(name: str) -> torch.device:
@@ -262,7 +340,7 @@ class _Cursor:
 
 
 def _cut(
-    jobs: Sequence[ScoreJob], scores: RowScores, states_NH: FloatArray | None, computed: Sequence[int]
+    jobs: Sequence[ScoreJob], scores: RowScores, states_NH: FloatArray | None, counts: Sequence[tuple[int, int]]
 ) -> list[_Answer]:
     """Splits the scores of joined rows back into the jobs they came from, withholding those that are not numbers."""
     answers: list[_Answer] = []
@@ -273,7 +351,7 @@ def _cut(
         for value in [getattr(scores, field.name)]
     }
     bad_N = scores.token_logprob.isnan().cpu().numpy()
-    for job, num_computed in zip(jobs, computed, strict=True):
+    for job, (num_computed, num_cached) in zip(jobs, counts, strict=True):
         rows = slice(at.row, at.row + len(job.positions))
         asked = slice(at.candidate, at.candidate + (len(job.candidates.ids) if job.candidates is not None else 0))
         at.row, at.candidate = rows.stop, asked.stop
@@ -298,6 +376,7 @@ def _cut(
                 positions=job.positions,
                 hidden=None if states_NH is None else states_NH[rows],
                 computed_tokens=num_computed,
+                cached_tokens=num_cached,
                 **own,
             )
         )

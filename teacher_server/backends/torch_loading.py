@@ -20,13 +20,15 @@ from torch import Tensor
 
 from teacher_api import causal_lm
 from teacher_api.info import tokenizer_fingerprint
-from teacher_server.backends.base import ModelFacts
+from teacher_server.backends.base import ModelFacts, OutputHead
+from teacher_server.backends.shared_prompt import can_share
 from teacher_server.backends.weights import weights_digest
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 32_768
 """Limit for models that state none (state-space models, ALiBi), unless configured."""
+HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT_BLOCK_BYTES = 32 << 20
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -42,6 +44,7 @@ class Loaded:
     head: Callable[[Tensor], Tensor]  # [n, H] -> float32 logits [n, W]
     facts: ModelFacts
     long_rope_after: int | None  # sequences longer than this turn with other frequencies; None: all turn alike
+    shares_prompts: bool  # whether a prompt can run once for several sequences
 
 
 def load(
@@ -62,8 +65,8 @@ def load(
     digest = weights_digest(directory)
     network = _load_network(directory, dtype, device)
     parts = causal_lm.split(network)
-    _verify(parts, network, device)
     config = causal_lm.text_config(network.config)
+    shares_prompts = _verify(parts, network, config, device)
     head, head_dtype = float32_head(parts)
     size, fingerprint, tokenizer_parts = tokenizer_facts(directory, parts.logit_width)
     facts = ModelFacts(
@@ -83,7 +86,7 @@ def load(
         engine_version=f"torch {torch.__version__}, transformers {transformers.__version__}",
         scoring_path=scoring_path,
     )
-    return Loaded(parts, head, facts, _long_rope_after(config))
+    return Loaded(parts, head, facts, _long_rope_after(config), shares_prompts)
 
 
 def find_checkpoint(model: str, revision: str) -> tuple[Path, str]:
@@ -104,6 +107,17 @@ def find_checkpoint(model: str, revision: str) -> tuple[Path, str]:
             f"model {model!r} is neither a directory here nor could it be fetched from the hub: {_one_line(error)}"
         ) from error
     return Path(snapshot), Path(snapshot).name
+
+
+def output_head(parts: causal_lm.Parts) -> OutputHead:
+    """The head as it stands in memory. Raises ValueError where its weight is not a plain matrix of numbers."""
+    project = parts.project
+    weight = getattr(project, "weight", None)
+    if type(project) is not torch.nn.Linear or weight is None or weight.dtype not in HEAD_DTYPES:
+        what = f"{type(project).__name__} of {getattr(weight, 'dtype', 'no weight')}"
+        raise ValueError(f"the model's output head is a {what}; only a linear layer in float can be shared")
+    width, bias = parts.logit_width, project.bias
+    return OutputHead(weight[:width], None if bias is None else bias[:width], parts.scale, parts.soft_cap)
 
 
 def float32_head(parts: causal_lm.Parts) -> tuple[Callable[[Tensor], Tensor], str]:
@@ -165,9 +179,11 @@ def _load_network(directory: Path, dtype: str, device: torch.device) -> Any:
 
 
 @torch.inference_mode()
-def _verify(parts: causal_lm.Parts, network: Any, device: torch.device) -> None:
+def _verify(parts: causal_lm.Parts, network: Any, config: Any, device: torch.device) -> bool:
+    """Refuses a model that can't be cut; whether it can share prompts."""
     ids = torch.arange(1, 9, device=device)[None] % parts.logit_width
     causal_lm.verify(parts, network, ids)
+    return can_share(parts, config, device)
 
 
 def tokenizer_facts(directory: Path, logit_width: int) -> tuple[int, str, dict[str, str]]:

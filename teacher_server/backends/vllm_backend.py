@@ -18,12 +18,13 @@ from typing import Any, Literal
 from teacher_api.errors import TeacherError
 from teacher_api.types import Scores
 from teacher_server.backends.adapters import Adapter, read_adapters
-from teacher_server.backends.base import BatchPolicy, ModelFacts, ScoreJob, ScoringBackend
+from teacher_server.backends.base import BatchPolicy, ModelFacts, OutputHead, ScoreJob, ScoringBackend
 from teacher_server.backends.room import Room
 from teacher_server.backends.torch_loading import find_checkpoint, tokenizer_facts
 from teacher_server.backends.vllm_adapters import ARGUMENTS, VllmAdapters
 from teacher_server.backends.vllm_check import check_adapters, check_answers
 from teacher_server.backends.vllm_engine import EngineHost, one_line, prepare_environment
+from teacher_server.backends.vllm_head import read_output_head
 from teacher_server.backends.vllm_paths import ANSWER_BYTES, FusedPath, PromptLogprobsPath, ScoringPath
 from teacher_server.backends.weights import adapted_digest, weights_digest
 
@@ -108,6 +109,7 @@ class VllmBackend(ScoringBackend):
         self._adapter_places = dict(adapters or {})
         self._start_timeout_s = start_timeout_s
         self._facts: ModelFacts | None = None
+        self._plan: _Plan | None = None
         self._path: ScoringPath | None = None
         self._host = EngineHost()
 
@@ -122,7 +124,7 @@ class VllmBackend(ScoringBackend):
         prepare_environment()
         directory, commit = find_checkpoint(self._model, self._revision)
         adapters = read_adapters(self._adapter_places, directory)  # before the seconds that importing vLLM takes
-        plan = self._planned(directory, commit, adapters)
+        self._plan = plan = self._planned(directory, commit, adapters)
         self._path = self._started(plan)
         self.features = self._path.features
         self._facts = replace(plan.facts, scoring_path=self._described(self._path))
@@ -131,6 +133,11 @@ class VllmBackend(ScoringBackend):
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
         self._host.require_up()
         return await self._host.run(self._score(jobs))
+
+    def output_head(self) -> OutputHead:
+        assert self._plan is not None, "head before load"
+        plan = self._plan
+        return read_output_head(plan.directory, plan.config.hf_text_config, plan.config.architectures[0], plan.facts)
 
     def is_up(self) -> bool:
         return self._host.is_up()

@@ -408,7 +408,7 @@ def array_bytes(kind, values):
     return struct.pack(f"<{len(values)}{kind}", *values)
 
 
-def reference_key(tokens, positions, options, fingerprint, candidates=None):
+def reference_key(tokens, positions, options, fingerprint, candidates=None, after=b""):
     """The seal's key from its description in docs/protocol.md, with nothing but struct and hashlib."""
     parts = [struct.pack("<I", len(fingerprint)), fingerprint.encode()]
     for values in (tokens, positions):
@@ -417,7 +417,7 @@ def reference_key(tokens, positions, options, fingerprint, candidates=None):
     if candidates is not None:
         asked, offsets = candidates
         parts += [struct.pack("<I", len(asked)), array_bytes("I", asked), array_bytes("I", offsets)]
-    parts.append(struct.pack("<IBdBBBB", *options))
+    parts.append(struct.pack("<IBdBBBB", *options) + after)
     return hashlib.blake2b(b"".join(parts), digest_size=32, person=b"teacher.v1.ask").digest()
 
 
@@ -472,3 +472,37 @@ def test_key_with_candidates():
     question = wire.question(request, request.completions[0], fingerprint="fp", tokenizer_size=WIDTH)
     candidates = ([3, 4, 5], [0, 1, 1, 3])
     assert question.key == reference_key([1, 2, 5, 6, 7], [2, 3, 4], (4, 0, 1.0, 6, 1, 1, 0), "fp", candidates)
+
+
+def test_key_of_hidden_states_in_another_type():
+    """A line of the seal that is there only where it is used: older questions keep their keys."""
+
+    def key(**options):
+        request = ScoreRequest([Completion("b", ids(8, 9, 1))], options=ScoreOptions(top_k=2, **options))
+        return wire.question(request, request.completions[0], fingerprint="fp", tokenizer_size=V).key
+
+    plain = reference_key([8, 9, 1], [1, 2], (2, 0, 1.0, 6, 0, 0, 1), "fp")
+    assert key(hidden=True) == key(hidden=True, hidden_type="float32") == plain
+    rounded = reference_key([8, 9, 1], [1, 2], (2, 0, 1.0, 6, 0, 0, 1), "fp", after=struct.pack("<B", 5))
+    assert key(hidden=True, hidden_type="bfloat16") == rounded
+
+
+def test_hidden_states_go_as_bfloat16_when_asked():
+    options = ScoreOptions(hidden=True, hidden_type="bfloat16")
+    request = ScoreRequest([Completion("b", ids(8, 9, 1))], options=options)
+    assert through_wire(request).request.options == options
+    question = wire.question(request, request.completions[0], fingerprint="fp", tokenizer_size=V)
+    zeros = np.zeros(2, np.float32)
+    hidden = np.array([[1 + 2**-8, -(1 + 3 * 2**-8)], [1 / 3, 0.0]], np.float32)
+    scores = Scores("b", question.positions, zeros, zeros, hidden=hidden)
+    (frame,) = wire.encode_scores(scores, options=options, candidates=None, key=question.key)
+    got = wire.Assembler(question).add(frame).hidden
+    assert got.dtype == np.float32
+    assert got.tolist() == [[1.0, -(1 + 2**-6)], [171 / 512, 0.0]]
+
+
+def test_an_unknown_type_of_hidden_states_is_refused():
+    message = wire.encode_request(ScoreRequest([Completion("b", ids(8, 9, 1))], options=ScoreOptions(hidden=True)))
+    message.options.hidden_type = pb.DTYPE_FLOAT16
+    with pytest.raises(errors.Unsupported, match="hidden_type"):
+        wire.decode_request(message)

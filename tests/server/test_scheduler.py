@@ -222,3 +222,23 @@ def test_silence_of_the_engine_is_measured_only_while_there_is_work():
         assert scheduler.tokens_per_s > 0
 
     run(backend, scenario)
+
+
+def test_a_shared_prompt_counts_once_where_the_backend_computes_it_once():
+    def group(name: str, count: int) -> list[ScoreJob]:
+        key, positions = name.encode(), np.arange(100, 120, dtype=np.int32)
+        return [
+            ScoreJob(f"{name}{n}", np.zeros(120, np.int32), 100, positions, ScoreOptions(), None, key)
+            for n in range(count)
+        ]
+
+    def first_batch(policy: BatchPolicy) -> list[str]:
+        queue = FifoQueue()
+        for entry in entries([*group("a", 6), *group("b", 2), job("c", 120)]):
+            queue.put(entry)
+        return [entry.job.id for entry in queue.take(policy)]
+
+    # 100 + 6 · 20 tokens of the first prompt, 100 + 2 · 20 of the second: 360 in all
+    assert first_batch(BatchPolicy(360, 64)) == ["a0", "a1", "a2"]
+    assert first_batch(BatchPolicy(360, 64, shares_prompts=True)) == ["a0", "a1", "a2", "a3", "a4", "a5", "b0", "b1"]
+    assert first_batch(BatchPolicy(359, 64, shares_prompts=True)) == ["a0", "a1", "a2", "a3", "a4", "a5", "b0"]

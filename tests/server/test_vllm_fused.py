@@ -20,8 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm_jobs import check, checkpoint_for_vllm, job, log_p, ragged, random_tokens, score
 
+from teacher_api.head import logprobs_from_hidden
 from teacher_api.types import ScoreOptions, Scores
 from teacher_server.backends.base import ScoreJob, ScoringBackend
+from teacher_server.config import ServerConfig
+from teacher_server.head_share import as_client_has_it
+from teacher_server.identity import teacher_info
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -144,6 +148,18 @@ def test_ranges_with_holes_and_hidden_states(fused: ScoringBackend, reference: t
         states = reference(torch.tensor(tokens[None]), output_hidden_states=True).hidden_states[-1][0]
     assert scores.hidden is not None
     np.testing.assert_allclose(scores.hidden, states[np.asarray(positions) - 1].numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_hidden_states_through_the_output_head_are_the_whole_rows(fused: ScoringBackend, temperature: float) -> None:
+    facts = fused.facts  # type: ignore[attr-defined]
+    info = teacher_info(ServerConfig(model="m"), fused.features, facts)
+    head = as_client_has_it(fused.output_head(), info)
+    assert (head.logit_width, head.hidden_size, head.tokenizer_size) == (WIDTH, facts.hidden_size, VOCABULARY)
+    (scores,) = score(fused, job(random_tokens(6, 150, VOCABULARY), top_k="all", temperature=temperature, hidden=True))
+    assert scores.hidden is not None
+    got = logprobs_from_hidden(scores.hidden, head, temperature)
+    np.testing.assert_allclose(got, scores.topk_logprob, rtol=0, atol=TOLERANCE)
 
 
 def test_float16_values_are_those_of_float32_rounded(fused: ScoringBackend) -> None:

@@ -112,3 +112,24 @@ def spy_on_trunk(backend: TorchBackend, before: Any = None, after: Any = None) -
 
     backend._loaded = replace(backend._loaded, parts=Spy())
     return shapes
+
+
+def spy_on_steps(backend: TorchBackend, before: Any = None) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Records the shapes of the forwards with a cache, and of those without; `before(ids)` of the former may raise."""
+    without = spy_on_trunk(backend)
+    assert backend._loaded is not None
+    inner = backend._loaded.parts
+    shapes: list[tuple[int, ...]] = []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def step(self, ids: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+            shapes.append(tuple(ids.shape))
+            if before is not None:
+                before(ids)
+            return inner.step(ids, *arguments, **named)
+
+    backend._loaded = replace(backend._loaded, parts=Spy())
+    return shapes, without
