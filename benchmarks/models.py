@@ -18,6 +18,7 @@ def make(
     intermediate: int | None = None,
     dtype: str = "float32",
     logit_std: float | None = None,
+    positions: int = 2048,
 ) -> Path:
     """A Qwen3 model with tied embeddings and a tokenizer of `vocabulary` entries under `path`.
 
@@ -25,6 +26,7 @@ def make(
         intermediate: width of the MLPs; twice `hidden` if not given.
         logit_std: spread of the logits in nats, set by the weight of the last norm. Fresh models have a spread of
             0.02 * sqrt(hidden) and so are almost uniform.
+        positions: the longest sequence.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -40,7 +42,7 @@ def make(
         num_attention_heads=max(1, hidden // 64),
         num_key_value_heads=max(1, hidden // 128),
         head_dim=64,
-        max_position_embeddings=2048,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         eos_token_id=1,
         pad_token_id=0,

@@ -15,6 +15,7 @@ from student_trainer.losses.config import LossField, parse_loss
 from student_trainer.optim import OptimConfig
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.tracking import TrackingConfig
+from teacher_api import compression
 from teacher_api.settings import Section
 
 
@@ -58,6 +59,9 @@ class TeacherConfig(Section):
     """Most likely ids per position that the teacher sends; all: its whole distribution (small vocabularies)."""
     value_type: Literal["float32", "float16"] = "float32"
     """Of the top-k logprobs on the wire; float16 halves the traffic at 3 significant digits."""
+    compression: Literal["none", "zstd"] = "none"
+    """Of requests and answers; zstd needs the extra of that name and a teacher that offers it. The numbers stay exactly
+    the same, and little is saved: logprobs hardly compress."""
     api_key: SecretStr = SecretStr("")
     """Sent as a bearer token. Better in the environment (STUDENT_TEACHER__API_KEY) than in a file."""
     timeout_s: float = Field(600.0, gt=0, le=86_400)
@@ -91,6 +95,15 @@ class TeacherConfig(Section):
         if isinstance(value, int) and value < 0:
             raise ValueError(f"got {value}, expected 0 or more, or all")
         return value
+
+    @model_validator(mode="after")
+    def _compression_that_both_can(self) -> TeacherConfig:
+        compression.check_available(self.compression)
+        if self.compression != "none" and self.url and self.url[0].startswith("openai+"):
+            raise ValueError(
+                f"compression: got {self.compression!r} with {self.url[0]}, expected none: a stock server has none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tokenizer_of_a_stock_server_only(self) -> TeacherConfig:
@@ -202,6 +215,7 @@ FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "teacher": (
         "url", "tokenizer", "model", "name", "serve_args", "visible_devices", "api_key", "timeout_s",
         "attempt_timeout_s", "start_timeout_s", "max_concurrency", "request_sequences", "accept_new_teacher",
+        "compression",
     ),
     "train": (
         "steps", "micro_batch_tokens", "micro_batch_size", "loss_chunk_rows", "output_dir", "num_processes", "threads",

@@ -14,7 +14,7 @@ from student_trainer.config import TeacherConfig
 from student_trainer.losses.base import Needs
 from student_trainer.types import Rollout, ScoredRollout
 from teacher_api.client import TeacherClient
-from teacher_api.errors import DeadlineExceeded, FingerprintMismatch, TeacherError
+from teacher_api.errors import DeadlineExceeded, FingerprintMismatch, TeacherError, Unsupported
 from teacher_api.info import UNVERIFIED, explain_difference, tokenizer_fingerprint
 from teacher_api.openai_info import OpenAIOptions, differences
 from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, Scores, TeacherInfo
@@ -47,17 +47,24 @@ def connect(config: TeacherConfig, url: str, *, run_name: str, tokenizer: object
 
     Raises:
         TeacherGone: nobody answered within teacher.start_timeout_s.
-        HandshakeError: teacher.tokenizer can't be read, or the server has another.
+        HandshakeError: teacher.tokenizer can't be read, or the server has another; or it has no teacher.compression.
     """
     key = config.api_key.get_secret_value() or None
     stock = _stock_options(config, tokenizer) if url.startswith("openai+") else None
     started = time.monotonic()
     try:
         with TeacherClient(
-            url, api_key=key, timeout_s=config.start_timeout_s, teacher=config.name, stock=stock
+            url,
+            api_key=key,
+            timeout_s=config.start_timeout_s,
+            teacher=config.name,
+            stock=stock,
+            compression=config.compression,
         ) as first:
             info = first.info()
     except TeacherError as error:
+        if isinstance(error, Unsupported) and error.field == "compression":
+            raise HandshakeError(f"teacher.compression: {error.message}") from error
         raise _classified(error, url, time.monotonic() - started) from error
     client = TeacherClient(
         url,
@@ -69,6 +76,7 @@ def connect(config: TeacherConfig, url: str, *, run_name: str, tokenizer: object
         metadata=CallMetadata(run=run_name[:128]),
         teacher=config.name,
         stock=stock,
+        compression=config.compression,
     )
     return client, info
 

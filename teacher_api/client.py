@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 from teacher_api import info as info_api
 from teacher_api import openai_info
 from teacher_api.asking import Answers, Asker, Deadline, Part, parts_of
-from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError, unknown_teacher
+from teacher_api.compression import FEATURE, Compression, check_available
+from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError, Unsupported, unknown_teacher
 from teacher_api.head import Head
 from teacher_api.head_download import Receive, head_of
 from teacher_api.openai_info import OpenAIOptions
@@ -43,21 +44,31 @@ class ClientOptions(TypedDict, total=False):
     expect_fingerprint: str
     metadata: CallMetadata | None
     teacher: str
+    compression: Compression
 
 
 def open_transport(
-    url: str, *, api_key: str | None, max_connections: int, stock: OpenAIOptions | None = None
+    url: str,
+    *,
+    api_key: str | None,
+    max_connections: int,
+    stock: OpenAIOptions | None = None,
+    compression: Compression = "none",
 ) -> Transport:
     """The transport for `grpc://host:port`, `grpcs://…`, `http://…`, `https://…` or, for a stock `vllm serve`,
     `openai+http://host:port/v1` or `openai+https://…`. Must run in an event loop.
 
     Raises:
-        ValueError: the URL has another scheme or no host; or options for a stock server and the URL of one of ours.
+        ValueError: the URL has another scheme or no host; options for a stock server and the URL of one of ours, or the
+            other way round; or `compression` is not installed.
     """
+    check_available(compression)
     split = urlsplit(url)
     if split.scheme in openai_info.SCHEMES:
         from teacher_api.transport_openai import OpenAITransport
 
+        if compression != "none":
+            raise ValueError(f"compression is {compression!r} with {url!r}; a stock server has none: expected 'none'")
         options = stock or OpenAIOptions()
         return OpenAITransport(url, api_key=api_key, max_connections=max_connections, options=options)
     if stock is not None:
@@ -72,10 +83,11 @@ def open_transport(
             raise ValueError(f"teacher URL {url!r}: expected {split.scheme}://host:port and nothing after it")
         from teacher_api.transport_grpc import GrpcTransport  # so that HTTP users need no grpc at work
 
-        return GrpcTransport(split.netloc, secure=split.scheme == "grpcs", api_key=api_key)
+        secure = split.scheme == "grpcs"
+        return GrpcTransport(split.netloc, secure=secure, api_key=api_key, compression=compression)
     from teacher_api.transport_http import HttpTransport
 
-    return HttpTransport(url, api_key=api_key, max_connections=max_connections)
+    return HttpTransport(url, api_key=api_key, max_connections=max_connections, compression=compression)
 
 
 class AsyncTeacherClient:
@@ -92,6 +104,8 @@ class AsyncTeacherClient:
         metadata: of requests that have none.
         teacher: of requests that name none, and of `info` and `expect_fingerprint`; empty: the server's base.
         stock: what a stock server does not say of itself; only with an openai+ URL.
+        compression: of large requests and of answers; "zstd" needs the extra of that name, and a teacher with the
+            feature. It saves few bytes of logprobs (benchmarks/README.md, "compression"), and never changes them.
     """
 
     def __init__(
@@ -106,6 +120,7 @@ class AsyncTeacherClient:
         metadata: CallMetadata | None = None,
         teacher: str = "",
         stock: OpenAIOptions | None = None,
+        compression: Compression = "none",
     ) -> None:
         for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
             if not 0 < value < float("inf"):
@@ -120,7 +135,10 @@ class AsyncTeacherClient:
         self._metadata = metadata or CallMetadata()
         self._known: dict[str, TeacherInfo] = {}
         self._handshake = asyncio.Lock()
-        self._transport = open_transport(url, api_key=api_key, max_connections=max_concurrency, stock=stock)
+        self._compression = compression
+        self._transport = open_transport(
+            url, api_key=api_key, max_connections=max_concurrency, stock=stock, compression=compression
+        )
         self._asker = Asker(self._transport, attempt_timeout_s=attempt_timeout_s, max_concurrency=max_concurrency)
 
     @classmethod
@@ -171,6 +189,11 @@ class AsyncTeacherClient:
             raise FingerprintMismatch(
                 f"expected teacher {expected!r:.80}, at {self.url} is {found.fingerprint!r:.80} "
                 f"({found.model_name!r:.80})"
+            )
+        if self._compression == "zstd" and FEATURE not in found.features:
+            raise Unsupported(
+                f"the teacher at {self.url} does not offer zstd; it offers {', '.join(found.features)}",
+                field="compression",
             )
         self._expected[name], self._known[name] = found.fingerprint, found
         return found
@@ -340,6 +363,7 @@ class TeacherClient:
         metadata: CallMetadata | None = None,
         teacher: str = "",
         stock: OpenAIOptions | None = None,
+        compression: Compression = "none",
     ) -> None:
         async def made() -> AsyncTeacherClient:
             return AsyncTeacherClient(
@@ -352,6 +376,7 @@ class TeacherClient:
                 metadata=metadata,
                 teacher=teacher,
                 stock=stock,
+                compression=compression,
             )
 
         self.url = url

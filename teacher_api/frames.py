@@ -18,6 +18,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from teacher_api import arrays
+from teacher_api.compression import LEAST_BYTES, Compression, compress, decompress
 from teacher_api.errors import CorruptResponse, TeacherError, error_of_kind
 from teacher_api.types import Candidates, IntArray, ScoreOptions, Scores
 from teacher_api.v1 import teacher_pb2 as pb
@@ -25,6 +26,8 @@ from teacher_api.validate import check_scores, num_candidates
 
 CHECKSUM_BYTES = 16
 HIDDEN_DTYPE = {"float32": pb.DTYPE_FLOAT32, "bfloat16": pb.DTYPE_BFLOAT16}
+MAX_ROWS_BYTES = 1 << 30
+"""Of the rows of a compressed frame: what a message may have that is not compressed."""
 _VALUE_DTYPE = {"float32": pb.DTYPE_FLOAT32, "float16": pb.DTYPE_FLOAT16}
 
 
@@ -79,12 +82,30 @@ def error_key(completion_id: str, fingerprint: str) -> bytes:
 
 
 def checksum(rows: bytes, key: bytes) -> bytes:
+    """The seal of the rows as they are before they are compressed."""
     return hashlib.blake2b(rows, digest_size=CHECKSUM_BYTES, key=key).digest()
 
 
-def _sealed(rows: pb.ScoreRows, key: bytes) -> pb.ScoreFrame:
+def _sealed(rows: pb.ScoreRows, key: bytes, compression: Compression = "none") -> pb.ScoreFrame:
     data = rows.SerializeToString(deterministic=True)
-    return pb.ScoreFrame(completion_id=rows.completion_id, rows=data, checksum=checksum(data, key))
+    frame = pb.ScoreFrame(completion_id=rows.completion_id, rows=data, checksum=checksum(data, key))
+    if compression == "zstd" and len(data) >= LEAST_BYTES:
+        compressed = compress(data)
+        if len(compressed) < len(data):
+            frame.rows, frame.compression = compressed, pb.COMPRESSION_ZSTD
+    return frame
+
+
+def _opened(frame: pb.ScoreFrame, where: str) -> bytes:
+    """The rows of a frame as they were sealed."""
+    if frame.compression == pb.COMPRESSION_NONE:
+        return frame.rows
+    if frame.compression != pb.COMPRESSION_ZSTD:
+        raise CorruptResponse(f"{where}: compression {frame.compression}; expected none or zstd")
+    try:
+        return decompress(frame.rows, MAX_ROWS_BYTES)
+    except ValueError as error:
+        raise CorruptResponse(f"{where}: {error}") from error
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -155,8 +176,10 @@ def encode_scores(
     candidates: Candidates | None,
     key: bytes,
     max_rows_bytes: int | None = None,
+    compression: Compression = "none",
 ) -> Iterator[pb.ScoreFrame]:
-    """The sealed frames of one answer, in ascending row order: one, or several of about `max_rows_bytes` each.
+    """The sealed frames of one answer, in ascending row order: one, or several of about `max_rows_bytes` each; with
+    `compression`, compressed after they were sealed, where that makes them smaller.
 
     `scores` must have passed `check_scores`. Hidden states go as bfloat16 where they were asked for so, or that loses
     nothing.
@@ -188,7 +211,7 @@ def encode_scores(
             rows.hidden.CopyFrom(arrays.encode_float(scores.hidden[cut], hidden_type))
         if stop == scores.num_rows:
             rows.computed_tokens, rows.cached_tokens = scores.computed_tokens, scores.cached_tokens
-        yield _sealed(rows, key)
+        yield _sealed(rows, key, compression)
 
 
 def decode_frame(frame: pb.ScoreFrame, question: Question) -> pb.ScoreRows | TeacherError:
@@ -200,16 +223,17 @@ def decode_frame(frame: pb.ScoreFrame, question: Question) -> pb.ScoreRows | Tea
     where = f"frame of completion {question.id!r:.80}"
     if len(frame.checksum) != CHECKSUM_BYTES:
         raise CorruptResponse(f"{where}: checksum of {len(frame.checksum)} bytes; expected {CHECKSUM_BYTES}")
-    is_rows = hmac.compare_digest(checksum(frame.rows, question.key), frame.checksum)
+    data = _opened(frame, where)
+    is_rows = hmac.compare_digest(checksum(data, question.key), frame.checksum)
     if not is_rows:
-        expected = checksum(frame.rows, error_key(question.id, question.fingerprint))
+        expected = checksum(data, error_key(question.id, question.fingerprint))
         if not hmac.compare_digest(expected, frame.checksum):
             raise CorruptResponse(
                 f"{where}: the checksum does not match: damaged on the way, the answer to another question, or from "
                 f"another teacher than {question.fingerprint!r:.80}"
             )
     try:
-        rows = pb.ScoreRows.FromString(frame.rows)
+        rows = pb.ScoreRows.FromString(data)
     except DecodeError as error:
         raise CorruptResponse(f"{where}: the rows can't be parsed: {error}") from error
     if rows.completion_id != question.id or frame.completion_id != question.id:

@@ -159,9 +159,9 @@ def check_known_text(tokenizer: Any, theirs: Any) -> None:
 
 
 def differences(info: TeacherInfo) -> list[str]:
-    """What of a stock server a caller should know, a line each; none for a teacher of our own."""
+    """What of this teacher a caller should know, a line each: of a stock server, or of a slower scoring path."""
     if info.scoring_path != SCORING_PATH:
-        return []
+        return [f"scoring path {info.scoring_path}: {info.scoring_path_note}"] if info.scoring_path_note else []
     found = [
         f"{info.model_name} is a stock vLLM server: its weights can't be identified, other weights under the same name "
         "would not be noticed; prompts are computed again for each of their completions"

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from urllib.parse import quote, urlencode
 
 import httpx
 
+from teacher_api.compression import LEAST_BYTES, Compression, Reader, compress
 from teacher_api.errors import CorruptResponse, DeadlineExceeded, InvalidRequest, TeacherError, Unavailable
 from teacher_api.transport import MAX_MESSAGE_BYTES, PROTOBUF, REQUEST_ID, error_of_problem, parse
 from teacher_api.v1 import teacher_pb2 as pb
@@ -20,10 +21,15 @@ MAX_PROBLEM_BYTES = 64 << 10
 
 
 class HttpTransport:
-    """`url` is http://host:port or https://…, perhaps with a path before /v1."""
+    """`url` is http://host:port or https://…, perhaps with a path before /v1. `compression` is HTTP's own: a content
+    coding."""
 
-    def __init__(self, url: str, *, api_key: str | None, max_connections: int) -> None:
-        headers = {"accept": PROTOBUF, "accept-encoding": "identity", "user-agent": "preceptor-client"}
+    def __init__(
+        self, url: str, *, api_key: str | None, max_connections: int, compression: Compression = "none"
+    ) -> None:
+        self._compression = compression
+        coding = "identity" if compression == "none" else compression
+        headers = {"accept": PROTOBUF, "accept-encoding": coding, "user-agent": "preceptor-client"}
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
         self._url = url.rstrip("/")
@@ -39,6 +45,9 @@ class HttpTransport:
     ) -> AsyncIterator[httpx.Response]:
         """An answer of status 200, its body not read yet. Everything else raises a TeacherError."""
         headers = {REQUEST_ID: request_id} | ({"content-type": PROTOBUF} if body is not None else {})
+        if body is not None and self._compression == "zstd" and len(body) >= LEAST_BYTES:
+            body = compress(body)
+            headers["content-encoding"] = "zstd"
         try:
             async with (
                 asyncio.timeout(timeout_s),
@@ -77,16 +86,9 @@ class HttpTransport:
         body = request.SerializeToString()
         async with self._call("POST", "/v1/score/stream", body, timeout_s, request_id) as response:
             buffer = bytearray()
-            async for chunk in response.aiter_raw():
+            async for chunk in _content(response):
                 buffer += chunk
-                while len(buffer) >= 4:
-                    (length,) = struct.unpack_from("<I", buffer)
-                    if length > MAX_MESSAGE_BYTES:
-                        raise CorruptResponse(f"a frame of {length} bytes; expected at most {MAX_MESSAGE_BYTES}")
-                    if len(buffer) < 4 + length:
-                        break
-                    frame = bytes(memoryview(buffer)[4 : 4 + length])
-                    del buffer[: 4 + length]
+                for frame in _whole_frames(buffer):
                     yield parse(pb.ScoreFrame, frame)
             if buffer:
                 raise CorruptResponse(f"the stream ends inside a frame, after {len(buffer)} bytes of it")
@@ -105,9 +107,41 @@ class HttpTransport:
         await self._client.aclose()
 
 
+def _whole_frames(buffer: bytearray) -> Iterator[bytes]:
+    """Takes each frame out of `buffer` that has come whole."""
+    while len(buffer) >= 4:
+        (length,) = struct.unpack_from("<I", buffer)
+        if length > MAX_MESSAGE_BYTES:
+            raise CorruptResponse(f"a frame of {length} bytes; expected at most {MAX_MESSAGE_BYTES}")
+        if len(buffer) < 4 + length:
+            return
+        frame = bytes(memoryview(buffer)[4 : 4 + length])
+        del buffer[: 4 + length]
+        yield frame
+
+
+async def _content(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The body without its content coding, a bounded piece at a time."""
+    coding = response.headers.get("content-encoding", "identity").strip().lower()
+    if coding == "identity":
+        async for chunk in response.aiter_raw():
+            yield chunk
+        return
+    if coding != "zstd":
+        raise CorruptResponse(f"an answer with the content coding {coding!r:.80}, which was not asked for")
+    try:
+        reader = Reader()
+        async for chunk in response.aiter_raw():
+            for piece in reader.pieces(chunk):
+                yield piece
+        reader.end()
+    except ValueError as error:
+        raise CorruptResponse(f"the answer's body: {error}") from error
+
+
 async def _read(response: httpx.Response, limit: int) -> bytes:
     chunks, size = [], 0
-    async for chunk in response.aiter_raw():
+    async for chunk in _content(response):
         chunks.append(chunk)
         size += len(chunk)
         if size > limit:

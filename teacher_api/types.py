@@ -139,6 +139,8 @@ class TeacherInfo:
     teachers: tuple[str, ...] = ()
     head_digest: str = ""
     head_bytes: int = 0
+    scoring_path_note: str = ""
+    """Why it is not the path that was to be used first; empty where it is."""
 
 
 def scored_positions(completion: Completion, prompt_tokens: int) -> IntArray:

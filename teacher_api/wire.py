@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from teacher_api import arrays
+from teacher_api import arrays, compression
+from teacher_api.compression import Compression
 from teacher_api.errors import InvalidRequest, TeacherError, TooLarge, Unsupported
 from teacher_api.frames import (
     HIDDEN_DTYPE,
@@ -67,6 +68,7 @@ MAX_PARTS = 1 << 16
 MAX_RANGES = 1 << 18
 """Of all completions of one request: as messages they take a hundred times their bytes once they are read."""
 _HIDDEN_TYPES = {pb.DTYPE_UNSPECIFIED: "float32"} | {dtype: name for name, dtype in HIDDEN_DTYPE.items()}
+_COMPRESSIONS: dict[int, Compression] = {pb.COMPRESSION_NONE: "none", pb.COMPRESSION_ZSTD: "zstd"}
 _VALUE_TYPES = {pb.DTYPE_UNSPECIFIED: "float32", pb.DTYPE_FLOAT32: "float32", pb.DTYPE_FLOAT16: "float16"}
 
 
@@ -211,6 +213,8 @@ class DecodedRequest:
     ids: Sequence[str]
     indices: Sequence[int] = field(default_factory=tuple)
     """Of each of `request.completions`, its place in `entries`."""
+    compression: Compression = "none"
+    """That the frames of the answer may have."""
 
 
 def decode_request(message: pb.ScoreRequest) -> DecodedRequest:
@@ -219,8 +223,10 @@ def decode_request(message: pb.ScoreRequest) -> DecodedRequest:
     Raises:
         InvalidRequest: what is shared by all completions is wrong; names the field.
         TooLarge: it has more parts than any server takes.
-        Unsupported: a value type that has no meaning here.
+        Unsupported: a value type that has no meaning here, or a compression that is missing here.
     """
+    if message.packed:
+        raise InvalidRequest("an envelope; expected the request that is in it", field="packed")
     if not message.completions:
         raise InvalidRequest("empty; expected at least one completion", field="completions")
     _check_counts(message)
@@ -248,7 +254,18 @@ def decode_request(message: pb.ScoreRequest) -> DecodedRequest:
         metadata=_decode_metadata(message.metadata),
         timeout_s=_decode_timeout(message),
     )
-    return DecodedRequest(request, entries, ids, good)
+    return DecodedRequest(request, entries, ids, good, _decode_compression(message))
+
+
+def _decode_compression(message: pb.ScoreRequest) -> Compression:
+    found = _COMPRESSIONS.get(message.compression)
+    if found is None:
+        raise Unsupported(
+            f"compression {message.compression}; expected COMPRESSION_NONE or COMPRESSION_ZSTD", field="compression"
+        )
+    if found != "none" and not compression.is_available():
+        raise Unsupported(f"this server has no {found}; expected COMPRESSION_NONE", field="compression")
+    return found
 
 
 def _check_counts(message: pb.ScoreRequest) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from teacher_api.types import TeacherInfo
     from teacher_server.backends.base import ModelFacts, ScoringBackend
     from teacher_server.grpc_api import GrpcServer
+    from teacher_server.metrics import MetricsServer
 
 CLOSE_S = 10.0  # for the backend to free its model, after the last call has ended
 QUICK_S = 0.3  # for the same things after a second SIGTERM
@@ -87,6 +88,7 @@ class App:
         self._front = Front(self.lifecycle)
         self._backend: ScoringBackend | None = None
         self._grpc: GrpcServer | None = None
+        self._metrics: MetricsServer | None = None
         self._http_url = ""
         self._ended_well = False  # all calls ended before the grace did, so that the engine is idle
 
@@ -122,7 +124,10 @@ class App:
             http.should_exit = http.force_exit = True
             serving.cancel()
             draining.cancel()
-            await asyncio.wait({serving, serving_http}, timeout=QUICK_S)
+            ending: set[asyncio.Task[Any]] = {serving, serving_http}
+            if self._metrics is not None:
+                ending.add(asyncio.create_task(asyncio.to_thread(self._metrics.close)))
+            await asyncio.wait(ending, timeout=QUICK_S)
             await self._close_backend()
 
     async def _serve(self) -> None:
@@ -135,6 +140,10 @@ class App:
             logs.configure(self._config.log_format, self._config.log_level)
             keys = KeyRing.of(self._config)
             core = service.TeacherService(self._config, self.lifecycle)
+            if self._config.metrics_port is not None:
+                from teacher_server.metrics import MetricsServer
+
+                self._metrics = MetricsServer(core, self._config.metrics_host, self._config.metrics_port)
             self._front.inner = http_api.build(core, keys)
             self._grpc = grpc_api.GrpcServer(core, self.lifecycle, keys)
             await self._grpc.start(self._config.host, self._config.grpc_port)
@@ -177,6 +186,8 @@ class App:
             "fingerprint": info.fingerprint,
             "pid": os.getpid(),
         }
+        if self._metrics is not None:
+            ready["metrics_url"] = _url("http", self._config.metrics_host, self._metrics.port) + "/metrics"
         self._tell(ready)
 
     def _print_ready(self, ready: dict[str, Any]) -> None:
@@ -186,7 +197,8 @@ class App:
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             partial.write_text(json.dumps(ready) + "\n")
             partial.replace(path)
-        print("ready {grpc_url} {http_url} model={model} fingerprint={fingerprint}".format_map(ready), flush=True)
+        line = "ready {grpc_url} {http_url} model={model} fingerprint={fingerprint}".format_map(ready)
+        print(line + (f" metrics={ready['metrics_url']}" if "metrics_url" in ready else ""), flush=True)
 
     async def _drain(self, http: uvicorn.Server, serving_http: asyncio.Task[None]) -> bool:
         """The probes say no already. Serve on for a while, then stop both transports under one grace. True when

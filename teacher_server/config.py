@@ -144,6 +144,10 @@ class ServerConfig(Section):
     """Port of HTTP; 0: a free one, printed when ready."""
     grpc_port: int = Field(default=8301, ge=0, le=65535)
     """Port of gRPC; 0: a free one, printed when ready."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of Prometheus metrics, at /metrics; 0: a free one, printed when ready; none: there are no metrics."""
+    metrics_host: str = "127.0.0.1"
+    """Address of the metrics port, which asks for no key: whoever reaches it sees model and load."""
     api_keys: tuple[SecretStr, ...] = ()
     """Keys of which a caller must send one as `authorization: Bearer …`; none: everybody may call. Better given as
     TEACHER_API_KEYS or in a file than on the command line, where other users of the machine can read them."""
@@ -233,6 +237,8 @@ class ServerConfig(Section):
             )
         if self.share_head != "none" and self.control != "none":
             raise ValueError(f"share_head has no meaning for control {self.control}: its scores come from no head")
+        if "metrics_host" in self.model_fields_set and self.metrics_port is None:
+            raise ValueError("metrics_host has no meaning without metrics_port")
         if self.reference and self.backend == "vllm":
             raise ValueError("reference needs backend torch: vLLM's results depend on what else is being scored")
         for name in sorted(self.model_fields_set):

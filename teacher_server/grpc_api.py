@@ -20,12 +20,13 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from teacher_api import compression, wire
 from teacher_api import info as info_api
-from teacher_api import wire
 from teacher_api.errors import InternalError, InvalidRequest, TeacherError, TooLarge
 from teacher_api.v1 import teacher_pb2 as pb
-from teacher_server.answers import FRAME_BYTES, encoded, frames_of
+from teacher_server.answers import FRAME_BYTES, encoded, streamed_frames
 from teacher_server.auth import KeyRing
+from teacher_server.counts import Counts, Outcome
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
 from teacher_server.service import TeacherService
@@ -44,7 +45,7 @@ class GrpcServer:
     def __init__(self, service: TeacherService, lifecycle: Lifecycle, keys: KeyRing) -> None:
         limit = 2 * service.config.max_request_bytes + OVERSIZE_ROOM_BYTES
         self._server = grpc.aio.server(
-            interceptors=[_KeyCheck(keys)],
+            interceptors=[_KeyCheck(keys, service.counts)],
             maximum_concurrent_rpcs=service.config.max_calls,  # gRPC holds a whole message of each before we see it
             options=[
                 ("grpc.max_receive_message_length", limit),
@@ -96,16 +97,18 @@ def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
                 raise InvalidRequest("the message is not a teacher.v1.GetInfoRequest") from None
             return info_api.to_proto(service.info_of(asked.teacher)).SerializeToString()
 
-        return await _answered(context, work)
+        return await _answered(context, service.counts, work)
 
     async def score(request: bytes, context: Any) -> None:
-        await _answered(context, lambda request_id: _score(service, request, request_id, context))
+        await _answered(context, service.counts, lambda request_id: _score(service, request, request_id, context))
 
     async def score_stream(requests: AsyncIterator[bytes], context: Any) -> None:
-        await _answered(context, lambda request_id: _score_stream(service, requests, request_id, context))
+        await _answered(
+            context, service.counts, lambda request_id: _score_stream(service, requests, request_id, context)
+        )
 
     async def get_head(request: bytes, context: Any) -> None:
-        await _answered(context, lambda _: _get_head(service, request, context))
+        await _answered(context, service.counts, lambda _: _get_head(service, request, context))
 
     methods = {
         "GetInfo": grpc.unary_unary_rpc_method_handler(get_info),
@@ -119,10 +122,10 @@ def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
 
 async def _score(service: TeacherService, data: bytes, request_id: str, context: Any) -> None:
     service.open_info()  # before the message is read
-    decoded = _decoded(data, service)
+    decoded = await _decoded(data, service)
     fingerprint = service.open_info(decoded.request.teacher).fingerprint
     async with service.scored(decoded, transport_s=context.time_remaining()) as answers:
-        message = await encoded(answers, fingerprint, request_id)
+        message = await encoded(answers, fingerprint, request_id, decoded.compression)
         del answers  # what is being sent is held once
         pieces = math.ceil(len(message) / FRAME_BYTES)
         await context.send_initial_metadata(())  # apart from the message: a status can follow one that is stuck
@@ -132,15 +135,19 @@ async def _score(service: TeacherService, data: bytes, request_id: str, context:
 
 async def _score_stream(service: TeacherService, requests: AsyncIterator[bytes], request_id: str, context: Any) -> None:
     service.open_info()
+    asked: dict[str, compression.Compression] = {}  # of the completions that are not answered yet
 
     async def decoded() -> AsyncIterator[wire.DecodedRequest]:
         async for data in requests:
-            yield _decoded(data, service)
+            request = await _decoded(data, service)
+            asked.update(dict.fromkeys(request.ids, request.compression))
+            yield request
 
     session = StreamSession(service, decoded(), context.time_remaining())
     async with session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
-            for frame in frames_of(answer, request_id, max_rows_bytes=FRAME_BYTES):
+            allowed = asked.pop(answer.completion_id)
+            async for frame in streamed_frames(answer, request_id, allowed):
                 async with taken_within(service.config.answer_idle_s):
                     await context.write(frame.SerializeToString())
 
@@ -159,7 +166,7 @@ async def _get_head(service: TeacherService, data: bytes, context: Any) -> None:
             offset += len(piece)
 
 
-def _decoded(data: bytes, service: TeacherService) -> wire.DecodedRequest:
+async def _decoded(data: bytes, service: TeacherService) -> wire.DecodedRequest:
     limit = service.config.max_request_bytes
     if len(data) > limit:
         raise TooLarge(f"the message has {len(data)} bytes; this server takes {limit}")
@@ -167,10 +174,23 @@ def _decoded(data: bytes, service: TeacherService) -> wire.DecodedRequest:
         message = pb.ScoreRequest.FromString(data)
     except DecodeError:
         raise InvalidRequest("the message is not a teacher.v1.ScoreRequest") from None
+    if message.packed:
+        message = await asyncio.to_thread(compression.unpack_request, message, limit)
     return wire.decode_request(message)
 
 
-async def _answered(context: Any, work: Callable[[str], Awaitable[Any]]) -> Any:
+async def _answered(context: Any, counts: Counts, work: Callable[[str], Awaitable[Any]]) -> Any:
+    """Counts one call."""
+    with counts.request("grpc") as outcome:
+        try:
+            return await _with_status(context, work, outcome)
+        except asyncio.CancelledError:  # gRPC's way to say that the caller has gone, or its deadline
+            left_s = context.time_remaining()
+            outcome.name = "cancelled" if left_s is None or left_s > 0 else "deadline_exceeded"
+            raise
+
+
+async def _with_status(context: Any, work: Callable[[str], Awaitable[Any]], outcome: Outcome) -> Any:
     """Runs `work` under the call's request id and turns what it raises into a status."""
     metadata = dict(context.invocation_metadata() or ())
     request_id = request_id_of(None)
@@ -180,11 +200,14 @@ async def _answered(context: Any, work: Callable[[str], Awaitable[Any]]) -> Any:
             context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
             return await work(request_id)
     except TeacherError as error:
+        outcome.name = error.kind
         log.info("refused", kind=error.kind, field=error.field, request_id=request_id)
         await _abort(context, error, request_id)
     except (grpc.RpcError, grpc.aio.AbortError):
+        outcome.name = "cancelled"
         raise
     except Exception as error:  # the process boundary: a bug must not show its insides
+        outcome.name = "internal"
         log.error("internal_error", request_id=request_id, exc_info=error)
         await _abort(context, InternalError("a bug; the server's log has it"), request_id)
 
@@ -217,8 +240,9 @@ def _status(error: TeacherError, code: Any, request_id: str) -> bytes:
 class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     """Refuses every method without a key, but health: probes have none."""
 
-    def __init__(self, keys: KeyRing) -> None:
+    def __init__(self, keys: KeyRing, counts: Counts) -> None:
         self._keys = keys
+        self._counts = counts
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
@@ -231,7 +255,9 @@ class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has n
             refused = error
 
             async def refuse(_: Any, context: Any) -> None:
-                await _abort(context, refused, request_id_of(None))
+                with self._counts.request("grpc") as outcome:
+                    outcome.name = refused.kind
+                    await _abort(context, refused, request_id_of(None))
 
             return grpc.stream_stream_rpc_method_handler(refuse)
         return handler

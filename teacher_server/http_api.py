@@ -18,8 +18,8 @@ from google.protobuf.message import DecodeError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from teacher_api import compression, wire
 from teacher_api import info as info_api
-from teacher_api import wire
 from teacher_api.errors import (
     InternalError,
     InvalidRequest,
@@ -30,8 +30,10 @@ from teacher_api.errors import (
 )
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server import json_models, openai_api
-from teacher_server.answers import FRAME_BYTES, encoded, frames_of
+from teacher_server.answers import FRAME_BYTES, encoded, streamed_frames
 from teacher_server.auth import KeyRing
+from teacher_server.counts import OK, Counts, Outcome
+from teacher_server.http_coding import accepts_zstd, coded, coded_pieces, coding_headers
 from teacher_server.http_requests import JSON, PROTOBUF, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames, Whole
 from teacher_server.openai_errors import openai_error, speaks_openai
@@ -53,7 +55,7 @@ def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
     _add_head(app, service)
     openai_api.add_routes(app, service)
     describe(app)
-    return _Envelope(app, keys)
+    return _Envelope(app, keys, service.counts)
 
 
 def _add_routes(app: FastAPI, service: TeacherService) -> None:
@@ -61,8 +63,9 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
     async def score(request: Request) -> Response:
         kind, decoded = await _received(request, service, (PROTOBUF, JSON))
         async with contextlib.AsyncExitStack() as hold:
-            content = await unless_gone(request, _scored(service, decoded, id_of(request), kind, hold))
-            return Whole(content, kind, hold.pop_all(), service.config.answer_idle_s)
+            zstd = accepts_zstd(request)
+            content = await unless_gone(request, coded(_scored(service, decoded, id_of(request), kind, hold), zstd))
+            return Whole(content, kind, hold.pop_all(), service.config.answer_idle_s, coding_headers(zstd))
 
     @app.post("/v1/score/stream", summary="The same as length-delimited protobuf frames, for large answers")
     async def score_stream(request: Request) -> Response:
@@ -70,10 +73,12 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         service.refuse_stream_if_full()
         info = service.open_info(decoded.request.teacher)
         jobs_of(decoded, info)  # what is wrong with the whole request is a status, not a frame
+        zstd = accepts_zstd(request)
         return Frames(
-            _frames(service, decoded, id_of(request)),
+            coded_pieces(_frames(service, decoded, id_of(request)), zstd),
             service.config.answer_idle_s,
             media_type="application/octet-stream",
+            headers=coding_headers(zstd),
         )
 
     @app.get("/v1/info", summary="Model, tokenizer, limits and features")
@@ -105,7 +110,7 @@ async def _scored(
     answers = await hold.enter_async_context(service.scored(decoded, max_bytes=max_bytes))
     if kind == JSON:
         return json_models.response_to_json(answers, fingerprint, request_id)
-    return await encoded(answers, fingerprint, request_id)
+    return await encoded(answers, fingerprint, request_id, decoded.compression)
 
 
 async def _frames(
@@ -116,7 +121,7 @@ async def _frames(
 
     async with StreamSession(service, once(), None) as session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
-            for frame in frames_of(answer, request_id, max_rows_bytes=FRAME_BYTES):
+            async for frame in streamed_frames(answer, request_id, decoded.compression):
                 data = frame.SerializeToString()
                 yield struct.pack("<I", len(data)) + data
 
@@ -130,16 +135,18 @@ async def _received(
         if kind not in kinds:
             raise Unsupported(f"the stream takes {PROTOBUF} only; expected that content type", field="content-type")
         if kind == PROTOBUF:
-            return kind, _decoded(body)
+            return kind, await _decoded(body, service.config.max_request_bytes)
         # Slow to read, so not on the event loop.
         return kind, decoded_of(await asyncio.to_thread(json_models.request_from_json, body))
 
 
-def _decoded(body: bytes) -> wire.DecodedRequest:
+async def _decoded(body: bytes, max_bytes: int) -> wire.DecodedRequest:
     try:
         message = pb.ScoreRequest.FromString(body)
     except DecodeError:
         raise InvalidRequest("the body is not a teacher.v1.ScoreRequest; expected its protobuf encoding") from None
+    if message.packed:
+        message = await asyncio.to_thread(compression.unpack_request, message, max_bytes)
     return wire.decode_request(message)
 
 
@@ -161,19 +168,36 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 
 def _problem(request: Request, error: TeacherError, status: int | None = None) -> Response:
+    request.scope["outcome"].name = error.kind
     status, headers, body = _told(request.url.path, error, id_of(request), status)
     log.info("refused", kind=error.kind, field=error.field, status=status)
     return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 
 class _Envelope:
-    """Around every request: its id in and out, the key, one log line, and the boundary at which a bug becomes a 500."""
+    """Around every request: its id in and out, the key, one log line, how it ended, and the boundary at which a bug
+    becomes a 500."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, counts: Counts) -> None:
         self._app = app
         self._keys = keys
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ended = False
+
+        async def seen(message: Message) -> None:
+            nonlocal ended
+            await send(message)
+            ended = ended or (message["type"] == "http.response.body" and not message.get("more_body", False))
+
+        with self._counts.request("http") as outcome:
+            scope["outcome"] = outcome
+            await self._handled(scope, receive, seen, outcome)
+            if not ended and outcome.name == OK:  # the caller has gone, or took nothing
+                outcome.name = "cancelled"
+
+    async def _handled(self, scope: Scope, receive: Receive, send: Send, outcome: Outcome) -> None:
         started = False
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
@@ -194,15 +218,18 @@ class _Envelope:
                 self._keys.check(headers.get("authorization"))
                 await self._app(scope, receive, with_id)
         except TeacherError as error:
+            outcome.name = error.kind
             if started:
                 raise  # too late for a status: the connection is cut, and the caller sees an answer without its end
             await _send_error(error, scope["path"], request_id, with_id)
         except asyncio.CancelledError:  # the grace is over; uvicorn would say 500, which nobody asks again after
+            outcome.name = Unavailable.kind
             if started:
                 raise
             cut = Unavailable("the server shut down before this was answered; try another, or this one again")
             await _send_error(cut, scope["path"], request_id, with_id)
         except Exception as error:  # the process boundary: a bug must not take the server, nor show its insides
+            outcome.name = InternalError.kind
             log.error("internal_error", request_id=request_id, path=scope["path"], exc_info=error)
             if started:
                 raise

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from teacher_api.errors import Cancelled, InvalidRequest, TooLarge
+from teacher_server.http_coding import without_coding
 from teacher_server.service import TeacherService
 
 PROTOBUF = "application/x-protobuf"
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 @contextlib.asynccontextmanager
 async def received(request: Request, service: TeacherService, max_bytes: int | None = None) -> AsyncIterator[bytes]:
-    """The body, which counts as being received until the block ends: decode it there.
+    """The body without its content coding, which counts as being received until the block ends: decode it there.
 
     Args:
         max_bytes: largest body of this way in, where it takes less than `max_request_bytes`.
@@ -33,7 +34,8 @@ async def received(request: Request, service: TeacherService, max_bytes: int | N
     if announced > limit:
         raise _too_large(limit)
     with service.receiving.body(announced) as came:
-        yield await _body(request, limit, service.config.body_idle_s, came)
+        body = await _body(request, limit, service.config.body_idle_s, came)
+        yield await without_coding(request, body, limit, came)
 
 
 def content_type(request: Request, *kinds: str) -> str:

@@ -4,7 +4,7 @@ it has left or its caller has, and not when it was made. Knows nothing of reques
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import structlog
@@ -23,8 +23,15 @@ class Whole(Response):
     """An answer in one message. `hold` is closed when the transport has sent it, the caller has gone, or the caller
     took nothing of it for `idle_s`."""
 
-    def __init__(self, content: bytes, media_type: str, hold: contextlib.AsyncExitStack, idle_s: float) -> None:
-        super().__init__(content, media_type=media_type)
+    def __init__(
+        self,
+        content: bytes,
+        media_type: str,
+        hold: contextlib.AsyncExitStack,
+        idle_s: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(content, media_type=media_type, headers=headers)
         self._hold = hold
         self._idle_s = idle_s
 

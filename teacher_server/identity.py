@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
+from teacher_api import compression
 from teacher_api.info import teacher_fingerprint
 from teacher_api.types import TeacherInfo
 from teacher_server.backends.base import ModelFacts
@@ -13,6 +14,12 @@ from teacher_server.config import ServerConfig
 
 ADAPTERS = "adapters"
 """The feature of a server that takes `teacher` in a request."""
+
+
+def _own_features(features: frozenset[str]) -> frozenset[str]:
+    """What the server offers beside its backend."""
+    own = {compression.FEATURE} if compression.is_available() else set()
+    return frozenset(own | ({"hidden_bfloat16"} if "hidden" in features else set()))
 
 
 def teacher_infos(config: ServerConfig, features: frozenset[str], facts: ModelFacts) -> dict[str, TeacherInfo]:
@@ -48,7 +55,7 @@ def _info(config: ServerConfig, features: frozenset[str], facts: ModelFacts) -> 
         max_completions=config.max_completions,
         max_request_bytes=config.max_request_bytes,
         max_response_bytes=min(config.max_response_bytes, config.queue_bytes),
-        features=tuple(sorted(features | ({"hidden_bfloat16"} if "hidden" in features else set()))),
+        features=tuple(sorted(features | _own_features(features))),
         server_version=server_version(),
         model_revision=facts.model_revision,
         weights_digest=facts.weights_digest,
@@ -61,6 +68,7 @@ def _info(config: ServerConfig, features: frozenset[str], facts: ModelFacts) -> 
         scoring_path=facts.scoring_path,
         hidden_size=facts.hidden_size,
         teachers=tuple(facts.adapters),
+        scoring_path_note=facts.scoring_path_note,
     )
 
 

@@ -22,6 +22,7 @@ from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Admission, Cost, Receiving
 from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.config import ServerConfig
+from teacher_server.counts import Counts
 from teacher_server.head_share import (
     HeadAccess,
     HeadFile,
@@ -62,6 +63,8 @@ class TeacherService:
         self.lifecycle = lifecycle
         self._infos: dict[str, TeacherInfo] = {}  # by teacher, the base's under ""; empty while the model loads
         self._scheduler: Scheduler | None = None
+        self._backend: ScoringBackend | None = None
+        self.counts = Counts()
         self.open_streams = 0
         self._head_access = HeadAccess(config)
         self._head_file: HeadFile | None = None
@@ -89,6 +92,7 @@ class TeacherService:
                 f"{info.max_sequence_tokens} tokens; raise queue_tokens or lower max_sequence_tokens"
             )
         self._scheduler = scheduler = Scheduler(backend)
+        self._backend = backend
         tasks = [asyncio.create_task(scheduler.run())]
         scratch = tempfile.TemporaryDirectory(prefix="teacher-head-") if self.config.share_head != "none" else None
         try:
@@ -152,6 +156,15 @@ class TeacherService:
         while True:
             self.lifecycle.engine_is(backend.is_up())
             await asyncio.sleep(ENGINE_CHECK_S)
+
+    @property
+    def engine_restarts(self) -> int:
+        return self._backend.restarts if self._backend else 0
+
+    @property
+    def known_info(self) -> TeacherInfo | None:
+        """Who is here; None while the model loads."""
+        return self._infos.get("")
 
     @property
     def info(self) -> TeacherInfo:
@@ -219,10 +232,20 @@ class TeacherService:
         cost = Cost(sum(job.num_tokens for job in good), sum(sizes))
         self.admission.take(cost)
         try:
-            results = iter(await self._run(good, deadline))
+            results = iter(await self._counted(jobs, good, deadline))
             yield _paired(decoded.ids, jobs, results, info.fingerprint)  # not kept here while they are sent
         finally:
             self.admission.give(cost)
+
+    async def _counted(
+        self, jobs: Sequence[ScoreJob | TeacherError], good: Sequence[ScoreJob], deadline: float
+    ) -> list[Scores | TeacherError]:
+        for job in jobs:
+            if isinstance(job, TeacherError):
+                self.counts.refused(job)
+        with self.counts.scoring(len(good)) as done:
+            done.extend(await self._run(good, deadline))
+        return done
 
     async def _run(self, jobs: Sequence[ScoreJob], deadline: float) -> list[Scores | TeacherError]:
         assert self._scheduler is not None, "ready without a scheduler"
@@ -240,7 +263,9 @@ class TeacherService:
     async def run_one(self, job: ScoreJob, deadline: float) -> Scores | TeacherError:
         """Scores one admitted job; for the stream. Cancelling the call takes it out of the queue."""
         assert self._scheduler is not None, "ready without a scheduler"
-        return self._checked(job, await self._scheduler.submit(job, deadline))
+        with self.counts.scoring(1) as done:
+            done.append(self._checked(job, await self._scheduler.submit(job, deadline)))
+        return done[0]
 
     def _checked(self, job: ScoreJob, result: Scores | TeacherError) -> Scores | TeacherError:
         info = self.info_of(job.teacher)

@@ -134,9 +134,13 @@ class StreamSession:
             self.in_work += 1
             self.most_in_work = max(self.most_in_work, self.in_work)
             if isinstance(job, TeacherError):
-                self._answers.put_nowait((Answer(name, job, None, info.fingerprint), None))
+                self._refuse(name, job, None, info.fingerprint)
                 continue
             await self._start(job, Cost(job.num_tokens, answer_bytes(job, info)), deadline, info.fingerprint)
+
+    def _refuse(self, name: str, error: TeacherError, job: ScoreJob | None, fingerprint: str) -> None:
+        self._service.counts.refused(error)
+        self._answers.put_nowait((Answer(name, error, job, fingerprint), None))
 
     async def _start(self, job: ScoreJob, cost: Cost, deadline: float, fingerprint: str) -> None:
         granted = False
@@ -151,9 +155,9 @@ class StreamSession:
                 granted = True
         except TimeoutError:
             late = DeadlineExceeded("the deadline passed while the server was full")
-            self._answers.put_nowait((Answer(job.id, late, job, fingerprint), None))
+            self._refuse(job.id, late, job, fingerprint)
         except TeacherError as refused:
-            self._answers.put_nowait((Answer(job.id, refused, job, fingerprint), None))
+            self._refuse(job.id, refused, job, fingerprint)
         except asyncio.CancelledError:
             self._let_go(None)
             raise

@@ -36,6 +36,7 @@ class Server:
     grpc_target: str
     fingerprint: str
     backend: Any = None
+    metrics_url: str = ""
     loop: Any = field(default=None, repr=False)
     http: httpx.Client = field(default_factory=lambda: httpx.Client(verify=False, timeout=60), repr=False)
 
@@ -94,6 +95,7 @@ def serving(
             grpc_target=ready["grpc_url"].removeprefix("grpc://"),
             fingerprint=ready["fingerprint"],
             backend=made[-1],
+            metrics_url=ready.get("metrics_url", ""),
             loop=holder["loop"],
         )
         with server.http:

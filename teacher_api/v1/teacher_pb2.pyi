@@ -16,6 +16,11 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT16: _ClassVar[DType]
     DTYPE_BFLOAT16: _ClassVar[DType]
     DTYPE_FLOAT32: _ClassVar[DType]
+
+class Compression(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COMPRESSION_NONE: _ClassVar[Compression]
+    COMPRESSION_ZSTD: _ClassVar[Compression]
 DTYPE_UNSPECIFIED: DType
 DTYPE_UINT16: DType
 DTYPE_UINT24: DType
@@ -23,6 +28,8 @@ DTYPE_UINT32: DType
 DTYPE_FLOAT16: DType
 DTYPE_BFLOAT16: DType
 DTYPE_FLOAT32: DType
+COMPRESSION_NONE: Compression
+COMPRESSION_ZSTD: Compression
 
 class Array(_message.Message):
     __slots__ = ("dtype", "shape", "data")
@@ -95,7 +102,7 @@ class CallMetadata(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("prompts", "completions", "options", "expect_fingerprint", "metadata", "timeout_s", "teacher")
+    __slots__ = ("prompts", "completions", "options", "expect_fingerprint", "metadata", "timeout_s", "teacher", "compression", "packed")
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +110,8 @@ class ScoreRequest(_message.Message):
     METADATA_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
     prompts: _containers.RepeatedCompositeFieldContainer[Array]
     completions: _containers.RepeatedCompositeFieldContainer[Completion]
     options: ScoreOptions
@@ -110,7 +119,9 @@ class ScoreRequest(_message.Message):
     metadata: CallMetadata
     timeout_s: float
     teacher: str
-    def __init__(self, prompts: _Optional[_Iterable[_Union[Array, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., expect_fingerprint: _Optional[str] = ..., metadata: _Optional[_Union[CallMetadata, _Mapping]] = ..., timeout_s: _Optional[float] = ..., teacher: _Optional[str] = ...) -> None: ...
+    compression: Compression
+    packed: bytes
+    def __init__(self, prompts: _Optional[_Iterable[_Union[Array, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., expect_fingerprint: _Optional[str] = ..., metadata: _Optional[_Union[CallMetadata, _Mapping]] = ..., timeout_s: _Optional[float] = ..., teacher: _Optional[str] = ..., compression: _Optional[_Union[Compression, str]] = ..., packed: _Optional[bytes] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("kind", "message", "field", "retryable", "retry_after_s", "request_id")
@@ -163,14 +174,16 @@ class ScoreRows(_message.Message):
     def __init__(self, completion_id: _Optional[str] = ..., row_offset: _Optional[int] = ..., num_rows: _Optional[int] = ..., total_rows: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., token_logprob: _Optional[_Union[Array, _Mapping]] = ..., log_tail: _Optional[_Union[Array, _Mapping]] = ..., topk_ids: _Optional[_Union[Array, _Mapping]] = ..., topk_logprob: _Optional[_Union[Array, _Mapping]] = ..., candidate_logprob: _Optional[_Union[Array, _Mapping]] = ..., entropy: _Optional[_Union[Array, _Mapping]] = ..., rank: _Optional[_Union[Array, _Mapping]] = ..., hidden: _Optional[_Union[Array, _Mapping]] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class ScoreFrame(_message.Message):
-    __slots__ = ("completion_id", "rows", "checksum")
+    __slots__ = ("completion_id", "rows", "checksum", "compression")
     COMPLETION_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     completion_id: str
     rows: bytes
     checksum: bytes
-    def __init__(self, completion_id: _Optional[str] = ..., rows: _Optional[bytes] = ..., checksum: _Optional[bytes] = ...) -> None: ...
+    compression: Compression
+    def __init__(self, completion_id: _Optional[str] = ..., rows: _Optional[bytes] = ..., checksum: _Optional[bytes] = ..., compression: _Optional[_Union[Compression, str]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("fingerprint", "request_id", "frames")
@@ -203,7 +216,7 @@ class HeadChunk(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("api_version", "server_version", "features", "fingerprint", "model_name", "model_revision", "weights_digest", "tokenizer_fingerprint", "tokenizer_size", "logit_width", "max_sequence_tokens", "max_top_k", "max_candidates", "max_request_bytes", "max_response_bytes", "dtype", "quantisation", "head_dtype", "engine", "engine_version", "scoring_path", "tokenizer_parts", "max_completions", "hidden_size", "head_digest", "head_bytes", "teachers")
+    __slots__ = ("api_version", "server_version", "features", "fingerprint", "model_name", "model_revision", "weights_digest", "tokenizer_fingerprint", "tokenizer_size", "logit_width", "max_sequence_tokens", "max_top_k", "max_candidates", "max_request_bytes", "max_response_bytes", "dtype", "quantisation", "head_dtype", "engine", "engine_version", "scoring_path", "tokenizer_parts", "max_completions", "hidden_size", "head_digest", "head_bytes", "teachers", "scoring_path_note")
     class TokenizerPartsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +251,7 @@ class TeacherInfo(_message.Message):
     HEAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     TEACHERS_FIELD_NUMBER: _ClassVar[int]
+    SCORING_PATH_NOTE_FIELD_NUMBER: _ClassVar[int]
     api_version: int
     server_version: str
     features: _containers.RepeatedScalarFieldContainer[str]
@@ -265,4 +279,5 @@ class TeacherInfo(_message.Message):
     head_digest: str
     head_bytes: int
     teachers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, api_version: _Optional[int] = ..., server_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., model_name: _Optional[str] = ..., model_revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., tokenizer_size: _Optional[int] = ..., logit_width: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantisation: _Optional[str] = ..., head_dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., scoring_path: _Optional[str] = ..., tokenizer_parts: _Optional[_Mapping[str, str]] = ..., max_completions: _Optional[int] = ..., hidden_size: _Optional[int] = ..., head_digest: _Optional[str] = ..., head_bytes: _Optional[int] = ..., teachers: _Optional[_Iterable[str]] = ...) -> None: ...
+    scoring_path_note: str
+    def __init__(self, api_version: _Optional[int] = ..., server_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., model_name: _Optional[str] = ..., model_revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., tokenizer_size: _Optional[int] = ..., logit_width: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantisation: _Optional[str] = ..., head_dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., scoring_path: _Optional[str] = ..., tokenizer_parts: _Optional[_Mapping[str, str]] = ..., max_completions: _Optional[int] = ..., hidden_size: _Optional[int] = ..., head_digest: _Optional[str] = ..., head_bytes: _Optional[int] = ..., teachers: _Optional[_Iterable[str]] = ..., scoring_path_note: _Optional[str] = ...) -> None: ...

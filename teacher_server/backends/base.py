@@ -67,6 +67,7 @@ class ModelFacts:
     engine: str = ""
     engine_version: str = ""
     scoring_path: str = ""
+    scoring_path_note: str = ""  # why it is not the path that was to be used first; empty where it is
     adapters: dict[str, str] = field(default_factory=dict)
     """Further teachers on this base: name -> digest of the weights that score for it, the base's among them."""
 
@@ -87,6 +88,11 @@ class ScoringBackend(ABC):
 
     name: str
     features: frozenset[str]
+
+    @property
+    def restarts(self) -> int:
+        """How often an engine that died was started again."""
+        return 0
 
     @abstractmethod
     def load(self) -> ModelFacts:

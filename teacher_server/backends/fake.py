@@ -85,6 +85,7 @@ class FakeBackend(ScoringBackend):
         self._seeds = {name: _digest(text) for name, text in (adapters or {}).items()}
         self.scored_ids: list[str] = []  # of every job that reached this backend, newest last
         self.up_at = 0.0  # by the monotonic clock: before it the engine is dead
+        self._deaths = 0
         self._policy = BatchPolicy(batch_tokens, batch_sequences)
 
     @property
@@ -134,9 +135,14 @@ class FakeBackend(ScoringBackend):
         if any(faults.hang_token in job.token_ids for job in jobs):
             await asyncio.Event().wait()
         if any(faults.death_token in job.token_ids for job in jobs):
+            self._deaths += 1
             self.up_at = time.monotonic() + faults.restart_s
             raise BackendFailed("injected: the engine died", retry_after_s=faults.restart_s)
         return [await asyncio.to_thread(self._one, job) for job in jobs]
+
+    @property
+    def restarts(self) -> int:
+        return self._deaths - (not self.is_up())
 
     def is_up(self) -> bool:
         return time.monotonic() >= self.up_at

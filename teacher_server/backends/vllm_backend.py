@@ -111,6 +111,7 @@ class VllmBackend(ScoringBackend):
         self._facts: ModelFacts | None = None
         self._plan: _Plan | None = None
         self._path: ScoringPath | None = None
+        self._fallback = ""  # why it is not the fused path, where that was tried
         self._host = EngineHost()
 
     @property
@@ -127,7 +128,8 @@ class VllmBackend(ScoringBackend):
         self._plan = plan = self._planned(directory, commit, adapters)
         self._path = self._started(plan)
         self.features = self._path.features
-        self._facts = replace(plan.facts, scoring_path=self._described(self._path))
+        note = self._fallback.replace(str(directory), directory.name)  # clients see it
+        self._facts = replace(plan.facts, scoring_path=self._described(self._path), scoring_path_note=note)
         return self._facts
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
@@ -138,6 +140,10 @@ class VllmBackend(ScoringBackend):
         assert self._plan is not None, "head before load"
         plan = self._plan
         return read_output_head(plan.directory, plan.config.hf_text_config, plan.config.architectures[0], plan.facts)
+
+    @property
+    def restarts(self) -> int:
+        return self._host.restarts
 
     def is_up(self) -> bool:
         return self._host.is_up()
@@ -179,6 +185,7 @@ class VllmBackend(ScoringBackend):
             if self._scoring_path == "fused":
                 raise ValueError(cause) from error
             logger.warning("scoring falls back from the fused path to prompt-logprobs, which is slower: %s", cause)
+            self._fallback = f"fell back from fused: {' '.join(cause.split())[:400]}"
         self._host.stop()
         self._start(plan, stock)
         return stock

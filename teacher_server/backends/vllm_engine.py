@@ -59,6 +59,8 @@ class EngineHost:
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
         self._revival: concurrent.futures.Future[None] | None = None
+        self.restarts = 0
+        """Starts after a death that went well."""
         self._revive_from = 0.0  # by the monotonic clock: no start before, for the last one failed
         self._revive_until = 0.0  # a start that takes longer is killed
         self._request_ids = itertools.count()
@@ -204,6 +206,7 @@ class EngineHost:
             await asyncio.to_thread(self._engine.shutdown, timeout=SHUTDOWN_S)
             self._others = set(multiprocessing.active_children())
             await self._start()
+            self.restarts += 1
         except Exception as error:  # the boundary to foreign code: whatever went wrong, it is tried again
             self._revive_from = time.monotonic() + RETRY_AFTER_DEATH_S
             logger.error("%s; trying again in %g s", error, RETRY_AFTER_DEATH_S)

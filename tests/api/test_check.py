@@ -59,6 +59,12 @@ def test_a_good_teacher(capsys, monkeypatch):
     assert set(teacher.keys) == {"Bearer k"}
 
 
+def test_a_slower_scoring_path_is_a_warning_with_its_reason(capsys):
+    with served(FakeTeacher(scoring_path="prompt-logprobs", scoring_path_note="fell back from fused: because")) as url:
+        assert check.main([url]) == 0
+    assert "warning      scoring path prompt-logprobs: fell back from fused: because" in capsys.readouterr().out
+
+
 def test_a_teacher_whose_probabilities_miss_one(capsys, monkeypatch):
     seal = wire.encode_scores
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from serving import PROTOBUF, Server, ask_grpc, ask_http, channel, request_of, serving
 
-from teacher_api import wire
+from teacher_api import compression, wire
 from teacher_api.client import TeacherClient
 from teacher_api.errors import Overloaded
 from teacher_api.types import Scores
@@ -82,6 +82,23 @@ def test_a_hundred_bodies_leave_nothing_behind(server: Server):
     with half_sent(server):
         until(lambda: send(server, LARGE).status_code == 429, "more than the body in hand is counted, or less")
         assert send(server, BOUND - PART - 1000).status_code == 400
+
+
+def test_a_compressed_body_counts_as_what_comes_out_of_it(server: Server):
+    """A few bytes that become 60,000, and hold their place no longer than their request."""
+    body = compression.compress(bytes(PART))
+    assert len(body) < 1000
+
+    def sent() -> int:
+        headers = {**PROTOBUF, "content-encoding": "zstd"}
+        return server.http.post(f"{server.http_url}/v1/score", content=body, headers=headers).status_code
+
+    for _ in range(3):
+        assert sent() == 400
+    with half_sent(server):
+        until(lambda: sent() == 429, "what comes out is not counted")
+        assert isinstance(ask_http(server, request_of([1, 2, 3]))[0], Scores)
+    until(lambda: sent() == 400, "the place was never given back")
 
 
 def test_grpc_calls_beyond_the_bound_are_told_to_come_back():

@@ -86,7 +86,8 @@ def probe(url: str, name: str) -> int:
 def test_it_is_alive_before_it_is_ready_and_says_so_once_it_is(processes, tmp_path):
     """While the model is loading (the fake one waits for its self-check), livez is 200 and readyz 503."""
     port = free_port()
-    process = Process(tmp_path, "--model", "fake", "--backend", "fake", "--fake-latency-s", "1.5", http_port=port)
+    arguments = ["--model", "fake", "--backend", "fake", "--fake-latency-s", "1.5", "--metrics-port", "0"]
+    process = Process(tmp_path, *arguments, http_port=port)
     processes.append(process)
     url = f"http://127.0.0.1:{port}"
     while True:
@@ -107,6 +108,7 @@ def test_it_is_alive_before_it_is_ready_and_says_so_once_it_is(processes, tmp_pa
     assert time.monotonic() - process.started > alive_s
     assert probe(url, "readyz") == 200
     assert ready["http_url"] == url
+    assert "preceptor_teacher_info{" in httpx.get(ready["metrics_url"]).text
     with grpc.insecure_channel(ready["grpc_url"].removeprefix("grpc://")) as opened:
         assert opened.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=30) == b"\x08\x01"
         listed = opened.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
@@ -116,8 +118,8 @@ def test_it_is_alive_before_it_is_ready_and_says_so_once_it_is(processes, tmp_pa
     assert status == 0
     assert "Traceback" not in err
     (line,) = out.strip().splitlines()
-    assert line == (
-        f"ready {ready['grpc_url']} {url} model=fake fingerprint={ready['fingerprint']}"  # one line, for people
+    assert line == (  # one line, for people
+        f"ready {ready['grpc_url']} {url} model=fake fingerprint={ready['fingerprint']} metrics={ready['metrics_url']}"
     )
 
 

@@ -214,3 +214,43 @@ def test_the_chunk_follows_the_vocabulary() -> None:
     assert auto_chunk_rows(151_936) == 128  # 74 MiB: fewer rows would be bound by the weights
     assert auto_chunk_rows(1_000_000) == 33  # 126 MiB, and never more than 128
     assert auto_chunk_rows(10**9) == 1
+
+
+def peak_above_answer(num_rows: int, width: int, options: ScoreOptions, candidates: Candidates | None) -> int:
+    """Bytes that the allocator held at the same time beside inputs and answer, with chunks of 4 MiB."""
+    random = torch.Generator().manual_seed(0)
+    weight, hidden = torch.randn(width, 16, generator=random), torch.randn(num_rows, 16, generator=random)
+    targets = torch.randint(0, width, (num_rows,), generator=random)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        got = score_rows(
+            lambda rows: rows @ weight.T,
+            hidden,
+            targets,
+            options,
+            candidates,
+            tokenizer_size=width,
+            chunk_rows=(4 << 20) // (4 * width),
+        )
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    answer = sum(values.nbytes for name in got.__slots__ if (values := getattr(got, name)) is not None)
+    assert held[-1] == answer
+    return int(held.max()) - answer
+
+
+@pytest.mark.parametrize("case", ["token", "top-k", "all", "everything"])
+def test_memory_beside_inputs_and_answer_grows_neither_with_rows_nor_with_the_vocabulary(case: str) -> None:
+    """The bound of docs/operations.md: one chunk of logits, here 4 MiB, and six slices of 1 MiB. From two chunks on
+    nothing is added but what is made of the candidates: their rows and ids as int64."""
+    k: Any = {"token": 0, "all": "all"}.get(case, 64)
+    options = ScoreOptions(top_k=k, entropy=case == "everything", rank=case == "everything")
+    for width in (2000, 16_000):
+        chunk_rows = (4 << 20) // (4 * width)
+        peaks = []
+        for num_rows in (2 * chunk_rows, 4 * chunk_rows):
+            candidates = Candidates.from_rows([[1, 2, 3]] * num_rows) if case == "everything" else None
+            peak = peak_above_answer(num_rows, width, options, candidates)
+            peaks.append(peak - (16 * 3 * num_rows if candidates is not None else 0))
+            assert 4 * width * chunk_rows <= peaks[-1] <= 4 * width * chunk_rows + (6 << 20), (width, num_rows)
+        assert peaks[1] <= peaks[0] + 1024

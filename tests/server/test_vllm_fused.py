@@ -271,6 +271,7 @@ def test_falls_back_where_the_fused_path_does_not_start(
         assert facts.scoring_path.startswith("prompt-logprobs top-k")
         assert backend.features == {"top_k", "float16"}
         assert "falls back" in caplog.text
+        assert "the answers of the fused path are wrong: made up" in facts.scoring_path_note
         asked = job(random_tokens(1, 40, VOCABULARY), top_k=4)
         (scores,) = score(backend, asked)
         check(asked, scores, log_p(reference, asked), VOCABULARY, tolerance=1e-4, tail_tolerance=2e-3)

@@ -18,6 +18,7 @@ from student_trainer.losses import build
 from student_trainer.losses.base import Needs
 from student_trainer.losses.config import parse_loss
 from student_trainer.types import Prompt, Rollout
+from teacher_api import compression
 from teacher_api.client import TeacherClient
 from teacher_api.errors import (
     DeadlineExceeded,
@@ -27,6 +28,7 @@ from teacher_api.errors import (
     Overloaded,
     TeacherError,
     Unavailable,
+    Unsupported,
 )
 from teacher_api.types import ScoreOptions, ScoreRequest, Scores, TeacherInfo, scored_positions
 
@@ -221,6 +223,23 @@ def test_a_tokenizer_beside_a_teacher_that_has_its_own_is_refused(settings: dict
 
 
 # -- leaving together
+
+
+def test_compression_needs_its_package_a_teacher_that_has_it_and_no_stock_server(monkeypatch: Any) -> None:
+    with pytest.raises(ValueError, match="expected none: a stock server has none"):
+        TeacherConfig(url="openai+http://127.0.0.1:1/v1", compression="zstd")
+    config = TeacherConfig(url="http://127.0.0.1:1", compression="zstd")
+    without = Unsupported("the teacher does not offer zstd", field="compression")
+
+    def refuse(_self: Any) -> TeacherInfo:
+        raise without
+
+    monkeypatch.setattr(scoring.TeacherClient, "info", refuse)
+    with pytest.raises(scoring.HandshakeError, match=r"teacher\.compression: the teacher does not offer zstd"):
+        scoring.connect(config, "http://127.0.0.1:1", run_name="r", tokenizer=None)
+    monkeypatch.setattr(compression, "_library", lambda: None)
+    with pytest.raises(ValueError, match=r"preceptor\[zstd\]"):
+        TeacherConfig(url="http://127.0.0.1:1", compression="zstd")
 
 
 def test_the_gravest_failure_of_any_rank_is_everybodys(monkeypatch) -> None:
