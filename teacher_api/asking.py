@@ -163,7 +163,7 @@ def _subset(
 # ---- asking ----------------------------------------------------------------------------------------------------------
 
 
-async def _retrying(once: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
+async def retrying(once: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
     """Awaits `once` until it succeeds, fails for good, or the deadline is over; then the last error says how often it
     was tried. A delay that the teacher asks for is kept, if there is time for it."""
     tried: list[TeacherError] = []
@@ -230,7 +230,7 @@ class Asker:
             except DeadlineExceeded as error:
                 raise self._own_or_overall(error, deadline) from error
 
-        return await _retrying(once, deadline)
+        return await retrying(once, deadline)
 
     async def head(
         self, receive: Callable[[AsyncIterator[pb.HeadChunk]], Awaitable[None]], fingerprint: str, deadline: Deadline
@@ -247,13 +247,13 @@ class Asker:
             async with aclosing(chunks):  # type: ignore[type-var]
                 await receive(chunks)
 
-        await _retrying(once, deadline)
+        await retrying(once, deadline)
 
     async def ask(self, request: ScoreRequest, part: Part, fingerprint: str, deadline: Deadline) -> Answers:
         """An answer or an error for each completion of the part. Raises nothing but bugs and cancellation."""
         answers: Answers = {}
         try:
-            await _retrying(lambda: self._attempt(request, part, fingerprint, deadline, answers), deadline)
+            await retrying(lambda: self._attempt(request, part, fingerprint, deadline, answers), deadline)
         except TeacherError as error:
             for name in part.questions:
                 answers.setdefault(name, error)
@@ -276,7 +276,7 @@ class Asker:
     ) -> None:
         """Asks what has no answer yet. Fills `answers` with what is final; raises the first error that is not."""
         open_ids = [name for name in part.questions if name not in answers]
-        async with self._slots:  # _retrying holds this wait to the deadline, too
+        async with self._slots:  # retrying holds this wait to the deadline, too
             limit_s = self._limit_s(deadline)
             completions = [part.questions[name][0] for name in open_ids]
             questions = {name: part.questions[name][1] for name in open_ids}

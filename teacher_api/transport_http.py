@@ -1,4 +1,4 @@
-"""The contract over HTTP: the only importer of httpx in this package. httpx has no limit on a whole call, so each one
+"""The contract over HTTP: the importer of httpx for it. httpx has no limit on a whole call, so each one
 runs under asyncio's.
 """
 

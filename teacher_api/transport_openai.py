@@ -3,7 +3,7 @@ Answers are read, checked and sealed here, so that the client holds them against
 in them says which teacher gave them: one that came over a new connection counts once the server has said again who it
 is.
 
-Imports httpx, as transport_http.py does; no other module of this package does.
+Imports httpx, as transport_http.py and generation.py do; no other module of this package does.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ USED_BY = {
     "lora": ("vllm", "fake"),
     "share_head": ("torch", "vllm"),
     "head_keys": ("torch", "vllm"),
+    "generate_vllm": ("vllm",),
     "fake_": ("fake",),
 }
 """Fields that only some backends read; given to another one they are refused rather than ignored."""
@@ -93,6 +94,19 @@ class ServerConfig(Section):
     lora: dict[str, str] = Field(default_factory=dict)
     """Further teachers on the same base: name -> directory of a LoRA adapter (--lora.math DIR). Requests choose one by
     `teacher`; each has a fingerprint of its own. Backend fake: any text in place of a directory."""
+
+    # --- text that the teacher writes -----------------------------------------------------------------------------
+    generate: bool = False
+    """Also write text: /v1/completions then takes max_tokens above 1, temperature, top_p, n, stop and their like.
+    Backend vllm starts a second engine for it, with weights and key-value cache of its own."""
+    max_generated_tokens: int = Field(default=4096, ge=1)
+    """Most tokens that one completion may be asked to have."""
+    max_generations: int = Field(default=32, ge=1, le=4096)
+    """Completions written at a time; others wait their turn. It bounds the memory of writing, and what it takes from
+    scoring."""
+    generate_vllm: dict[str, Any] = Field(default_factory=dict)
+    """Engine arguments of the second engine alone, such as gpu_memory_utilization; what is not among them is as for the
+    first."""
 
     # --- limits, each refused by name when exceeded ---------------------------------------------------------------
     max_sequence_tokens: int = Field(default=0, ge=0)
@@ -241,6 +255,15 @@ class ServerConfig(Section):
             raise ValueError("metrics_host has no meaning without metrics_port")
         if self.reference and self.backend == "vllm":
             raise ValueError("reference needs backend torch: vLLM's results depend on what else is being scored")
+        for name in ("max_generated_tokens", "max_generations", "generate_vllm"):
+            if name in self.model_fields_set and not self.generate:
+                raise ValueError(f"{name} has no meaning without generate")
+        if self.generate and self.control != "none":
+            raise ValueError(
+                f"control {self.control} writes no text: its scores are not the model's; leave generate out"
+            )
+        if self.generate and self.reference:
+            raise ValueError("reference is for scoring alone: what else the model does must not touch its results")
         for name in sorted(self.model_fields_set):
             backends = USED_BY.get("fake_" if name.startswith("fake_") else name)
             if backends is not None and self.backend not in backends:

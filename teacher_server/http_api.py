@@ -54,7 +54,7 @@ def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
     _add_routes(app, service)
     _add_head(app, service)
     openai_api.add_routes(app, service)
-    describe(app)
+    describe(app, generate=service.config.generate)
     return _Envelope(app, keys, service.counts)
 
 

@@ -26,8 +26,9 @@ def teacher_infos(config: ServerConfig, features: frozenset[str], facts: ModelFa
     """The base's under "", and each adapter's under its name."""
     features = features | {ADAPTERS} if facts.adapters else features
     base = _info(config, features, facts)
+    scoring = features - {"generate"}  # the engine that writes has the base alone
     of_adapters = {
-        name: replace(_info(config, features, replace(facts, weights_digest=digest)), model_name=name)
+        name: replace(_info(config, scoring, replace(facts, weights_digest=digest)), model_name=name)
         for name, digest in facts.adapters.items()
     }
     return {"": base, **of_adapters}

@@ -128,8 +128,7 @@ class Answer:
         for index, one in enumerate(self._scored):
             yield "," if index else ""
             yield from self._choice(index, one)
-        tokens = sum(len(one.ids) for one in self._scored)
-        generated = len(self._scored) if self._asked.generates else 0
+        tokens, generated = self._counts()
         tail = {
             "service_tier": None,
             "system_fingerprint": self._info.fingerprint,
@@ -147,12 +146,10 @@ class Answer:
         yield "]," + _dumps(tail)[1:]
 
     def _choice(self, index: int, one: Scored) -> Iterator[str]:
-        asked, texts = self._asked, self._texts
-        new = [one.next_id] if asked.generates else []
-        reason, stop_reason = self._ending(new)
-        text = self._prompt_text(one) if asked.echo else ""
-        if new and reason == "length":
-            text += texts.of_next(one.ids.tolist(), new[0], skip_special_tokens=asked.skip_special_tokens)
+        asked = self._asked
+        new = self._new_ids(one)
+        reason, stop_reason = self._ended(one, new)
+        text = (self._prompt_text(one) if asked.echo else "") + self._new_text(one, new, reason)
         yield f'{{"index":{index},"text":{_dumps(text)},"logprobs":'
         yield from self._logprobs(one, new)
         yield f',"finish_reason":"{reason}","stop_reason":{_dumps(stop_reason)}'
@@ -161,7 +158,20 @@ class Answer:
         prompt_ids = one.ids.tolist() if asked.return_token_ids else None
         yield f',"prompt_token_ids":{_dumps(prompt_ids)},"routed_experts":null}}'
 
-    def _ending(self, new: list[int]) -> tuple[str, int | None]:
+    def _counts(self) -> tuple[int, int]:
+        """Tokens of the prompts, and generated ones."""
+        return sum(len(one.ids) for one in self._scored), len(self._scored) if self._asked.generates else 0
+
+    def _new_ids(self, one: Scored) -> list[int]:
+        """What comes after the prompt."""
+        return [one.next_id] if self._asked.generates else []
+
+    def _new_text(self, one: Scored, new: list[int], reason: str) -> str:
+        if not new or reason != "length":
+            return ""
+        return self._texts.of_next(one.ids.tolist(), new[0], skip_special_tokens=self._asked.skip_special_tokens)
+
+    def _ended(self, one: Scored, new: list[int]) -> tuple[str, int | str | None]:
         """(finish_reason, stop_reason): an end token ends a text even where no more was asked for."""
         if new and not self._asked.ignore_eos:
             if new[0] == self._texts.eos_id:
@@ -208,7 +218,10 @@ class Answer:
             for part in self._prompt_slabs(one):
                 yield self._of_prompt(one, part, (asked.prompt_k or 0) if with_top else 0)
         if new:
-            yield self._of_next(one, new[0], (asked.logprobs or 0) if with_top else 0)
+            yield from self._new_rows(one, new, (asked.logprobs or 0) if with_top else 0)
+
+    def _new_rows(self, one: Scored, new: list[int], k: int) -> Iterator[Entries]:
+        yield self._of_next(one, new[0], k)
 
     def _names(self, told: Entries) -> list[str]:
         if self._asked.return_tokens_as_token_ids:

@@ -18,9 +18,12 @@ from starlette.types import Receive, Scope, Send
 
 from teacher_api.errors import InvalidRequest, TeacherError, Unsupported
 from teacher_api.types import Completion, IntArray, ScoreOptions, ScoreRequest, Scores, TeacherInfo
+from teacher_server.config import ServerConfig
+from teacher_server.generation import Writer
 from teacher_server.http_requests import JSON, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames
 from teacher_server.openai_answer import Answer, Scored
+from teacher_server.openai_generation import GenerationRequest, generation_from_json
 from teacher_server.openai_models import (
     MAX_BODY_BYTES,
     CompletionRequest,
@@ -30,6 +33,7 @@ from teacher_server.openai_models import (
     teacher_of,
 )
 from teacher_server.openai_text import LazyTexts, Texts
+from teacher_server.openai_writing import written_answer
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
 from teacher_server.service import TeacherService
 from teacher_server.validation import decoded_of, jobs_of
@@ -39,16 +43,17 @@ Prompt = tuple[IntArray, str | None]  # ids, and the text that they came from
 
 def add_routes(app: FastAPI, service: TeacherService) -> None:
     lazy, created = LazyTexts(service.config), now()
+    writer = Writer(service)
 
     @app.post("/v1/completions", summary="Score prompts as OpenAI's and vLLM's clients ask for it")
     async def completions(request: Request) -> Response:
         async with received(request, service, MAX_BODY_BYTES) as body:
             content_type(request, JSON)
-            asked = await asyncio.to_thread(request_from_json, body)
+            asked = await asyncio.to_thread(_read, body, service.config)
         teacher = teacher_of(asked, service.open_info())
         answer_id = _answer_id(request, asked)
         async with contextlib.AsyncExitStack() as hold:
-            answer = await unless_gone(request, _answered(service, lazy, asked, teacher, answer_id, hold))
+            answer = await unless_gone(request, _answered(service, writer, lazy, asked, teacher, answer_id, hold))
             return _Held(_sent(answer.pieces()), service.config.answer_idle_s, hold.pop_all())
 
     @app.get("/v1/models", summary="The served models, in OpenAI's form: the base and its adapters")
@@ -75,6 +80,10 @@ async def _sent(pieces: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
         yield piece
 
 
+def _read(body: bytes, config: ServerConfig) -> CompletionRequest:
+    return generation_from_json(body, config) if config.generate else request_from_json(body)
+
+
 def _answer_id(request: Request, asked: CompletionRequest) -> str:
     sent = None if REQUEST_ID_HEADER in request.headers else asked.request_id
     try:
@@ -85,6 +94,7 @@ def _answer_id(request: Request, asked: CompletionRequest) -> str:
 
 async def _answered(
     service: TeacherService,
+    writer: Writer,
     lazy: LazyTexts,
     asked: CompletionRequest,
     teacher: str,
@@ -93,6 +103,8 @@ async def _answered(
 ) -> Answer:
     """The answer's budget is given back when `hold` is closed."""
     created, info = now(), service.info_of(teacher)
+    if asked.writes and "generate" not in info.features:
+        raise Unsupported(f"`{info.model_name}` is an adapter, which only scores; the base writes", field="model")
     options = _options(asked, info)
     texts = await lazy.get(info.tokenizer_size)
     prompts = await asyncio.to_thread(_prompts, asked, texts, info)
@@ -109,6 +121,9 @@ async def _answered(
             scores[answer.completion_id] = answer.result
     has_rows = asked.prompt_k is not None
     scored = [Scored(ids, text, scores.get(str(n)), has_rows) for n, (ids, text) in enumerate(prompts)]
+    if asked.writes:
+        assert isinstance(asked, GenerationRequest), "no other writes"
+        return await written_answer(writer, asked, scored, texts, info, answer_id, created, hold)
     return Answer(asked, scored, texts, info, answer_id, created)
 
 
@@ -141,7 +156,13 @@ def _prompts(asked: CompletionRequest, texts: Texts, info: TeacherInfo) -> list[
     """Raises TeacherError for the first prompt that is empty or too long; other ids are the service's to refuse."""
     given = asked.prompt
     one_alone = isinstance(given, str) or isinstance(given[0], int)
-    room = info.max_sequence_tokens - asked.generates
+    new_tokens = (asked.max_tokens or 0) if asked.writes else int(asked.generates)
+    room = info.max_sequence_tokens - new_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"got {new_tokens}; this model's maximum context length is {info.max_sequence_tokens}, prompt included",
+            field="max_tokens",
+        )
     prompts: list[Prompt] = []
     for n, each in enumerate([given] if one_alone else given):
         path = "prompt" if one_alone else f"prompt[{n}]"
@@ -155,7 +176,7 @@ def _prompts(asked: CompletionRequest, texts: Texts, info: TeacherInfo) -> list[
         if len(ids) > room:
             raise InvalidRequest(
                 f"this model's maximum context length is {info.max_sequence_tokens} tokens, but the prompt has "
-                f"{len(ids)} and {int(asked.generates)} are to be generated; shorten the prompt"
+                f"{len(ids)} and {new_tokens} are to be generated; shorten the prompt"
                 + (", or send max_tokens 0" if len(ids) == info.max_sequence_tokens else ""),
                 field=path,
             )

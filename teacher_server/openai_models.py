@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -61,6 +61,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream_interval": (),
 }
 """Fields that a teacher can't honour, each with the values, beside null, that ask for nothing."""
+OF_WRITING = ("n", "stop", "stop_token_ids", "top_p", "top_k", "min_p")
+"""Those of them that a server started with `generate` honours (openai_generation.py)."""
 
 
 class CompletionRequest(BaseModel):
@@ -109,7 +111,13 @@ class CompletionRequest(BaseModel):
 
     @property
     def generates(self) -> bool:
+        """Whether the most likely next token is told, which scoring gives."""
         return self.max_tokens == 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether text is written: never by a server that only scores."""
+        return False
 
     @property
     def prompt_k(self) -> int | None:
@@ -119,44 +127,58 @@ class CompletionRequest(BaseModel):
 
 def request_from_json(body: bytes) -> CompletionRequest:
     """Raises TeacherError that names the first wrong field; never repeats what was sent."""
+    asked = validated(body, CompletionRequest)
+    if asked.max_tokens is None:
+        raise InvalidRequest(
+            "left out, it means 16 tokens, and this server scores: expected 0 or 1; one started with --generate writes",
+            field="max_tokens",
+        )
+    if asked.max_tokens > 1:
+        raise Unsupported(
+            f"got {asked.max_tokens}; this server scores and generates at most the one next token: expected 0 or 1; "
+            "one started with --generate writes more",
+            field="max_tokens",
+        )
+    return asked
+
+
+Request = TypeVar("Request", bound=CompletionRequest)
+
+
+def validated(body: bytes, kind: type[Request]) -> Request:
+    """The JSON object in `body`, field by field. Raises TeacherError as `request_from_json`."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
         raise InvalidRequest("the body is not JSON; expected an object") from None
     if not isinstance(values, dict):
         raise InvalidRequest("the body is not a JSON object")
-    honoured = {name: value for name, value in values.items() if name in CompletionRequest.model_fields}
+    honoured = {name: value for name, value in values.items() if name in kind.model_fields}
     for name, value in values.items():
         if name not in honoured:
-            _check_neutral(name, value)
-    for name in ("add_special_tokens", "skip_special_tokens", "ignore_eos", "teacher_temperature"):
-        if honoured.get(name, 0) is None:
-            del honoured[name]
+            _check_neutral(name, value, writes=kind is not CompletionRequest)
+    for name, field in kind.model_fields.items():
+        if honoured.get(name, 0) is None and field.default is not None and not field.is_required():
+            del honoured[name]  # null stands for the default, as in vLLM
     try:
-        asked = CompletionRequest.model_validate(honoured)
+        asked = kind.model_validate(honoured)
     except ValidationError as error:
         raise _first(error) from None
-    if asked.max_tokens is None:
-        raise InvalidRequest(
-            "left out, it means 16 tokens, and this server scores: expected 0 or 1", field="max_tokens"
-        )
-    if asked.max_tokens > 1:
-        raise Unsupported(
-            f"got {asked.max_tokens}; this server scores and generates at most the one next token: expected 0 or 1",
-            field="max_tokens",
-        )
     if not asked.prompt:
         raise InvalidRequest("empty; expected at least one token", field="prompt")
     return asked
 
 
-def _check_neutral(name: str, value: Any) -> None:
+def _check_neutral(name: str, value: Any, *, writes: bool) -> None:
     if name not in NEUTRAL:
         raise InvalidRequest("this server knows no such field", field=name[:64])
     if value is None or value in NEUTRAL[name]:
         return
     allowed = " or ".join(json.dumps(each) for each in (*NEUTRAL[name], None))
-    raise Unsupported(f"this server scores and can't honour it; expected {allowed}", field=name)
+    if writes:
+        raise Unsupported(f"this server can't honour it; expected {allowed}", field=name)
+    cure = "; one started with --generate honours it" if name in OF_WRITING else ""
+    raise Unsupported(f"this server scores and can't honour it; expected {allowed}{cure}", field=name)
 
 
 def _first(error: ValidationError) -> TeacherError:
@@ -189,7 +211,7 @@ def _card(info: TeacherInfo, base: TeacherInfo, created: int) -> dict[str, Any]:
         "object": "model_permission",
         "created": created,
         "allow_create_engine": False,
-        "allow_sampling": False,
+        "allow_sampling": "generate" in info.features,
         "allow_logprobs": True,
         "allow_search_indices": False,
         "allow_view": True,

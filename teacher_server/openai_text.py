@@ -26,6 +26,7 @@ log = structlog.get_logger("teacher_server.openai")
 CONTEXT = 4  # tokens, as many as the bytes of the longest UTF-8 character
 BROKEN = "\ufffd"  # what bytes that are no character decode to
 CORRECTIONS = 1 << 16  # remembered
+INVALID_PREFIX = "Invalid prefix encountered"  # how tokenizers' DecodeStream says it
 
 
 class Texts:
@@ -85,6 +86,53 @@ class Texts:
             old = self._tokenizer.decode(before, skip_special_tokens=skip_special_tokens)
             new = self._tokenizer.decode([*before, token], skip_special_tokens=skip_special_tokens)
         return "" if new.endswith(BROKEN) else _added(old, new)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    def decoder(self, prompt_ids: Sequence[int], *, skip_special_tokens: bool) -> Callable[[int], str]:
+        """Gives what each token after the prompt adds to its text, in order; nothing within a character."""
+        if self._tokenizer is None:
+            return lambda token: f"token_id:{token}"
+        if getattr(self._tokenizer, "_tokenizer", None) is None:
+            return self._slow_decoder(list(prompt_ids), skip_special_tokens)
+        return self._fast_decoder(list(prompt_ids), skip_special_tokens)
+
+    def _fast_decoder(self, prompt_ids: list[int], skip_special_tokens: bool) -> Callable[[int], str]:
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(ids=prompt_ids, skip_special_tokens=skip_special_tokens)
+
+        def step(token: int) -> str:
+            nonlocal stream
+            with self._lock:
+                try:
+                    return stream.step(self._tokenizer._tokenizer, token) or ""
+                except Exception as error:  # tokenizers has one class for everything
+                    if not str(error).startswith(INVALID_PREFIX):
+                        raise
+                    # Bytes that are no text: the stream can't go on with them, and begins anew.
+                    stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+                    return stream.step(self._tokenizer._tokenizer, token) or ""
+
+        return step
+
+    def _slow_decoder(self, prompt_ids: list[int], skip_special_tokens: bool) -> Callable[[int], str]:
+        before, held = prompt_ids[-CONTEXT:], list[int]()
+
+        def step(token: int) -> str:
+            nonlocal before, held
+            with self._lock:
+                held.append(token)
+                old = self._tokenizer.decode(before, skip_special_tokens=skip_special_tokens)
+                new = self._tokenizer.decode([*before, *held], skip_special_tokens=skip_special_tokens)
+            if new.endswith(BROKEN):
+                return ""
+            before, held = [*before, *held][-CONTEXT:], []
+            return _added(old, new)
+
+        return step
 
     def alone(self, token: int) -> str:
         """A token without anything before it."""

@@ -12,26 +12,32 @@ from pydantic.json_schema import models_json_schema
 from teacher_api.errors import KINDS
 from teacher_server.json_models import JsonScoreRequest
 from teacher_server.openai_errors import speaks_openai
+from teacher_server.openai_generation import GenerationRequest
 from teacher_server.openai_models import CompletionRequest
 
 REF = "#/components/schemas/{model}"
 _PROTOBUF = {"application/x-protobuf": {"schema": {"type": "string", "format": "binary"}}}
 
 
-def describe(app: FastAPI) -> None:
-    """Replaces `app.openapi` by one that is complete; the result is made once."""
+def describe(app: FastAPI, *, generate: bool) -> None:
+    """Replaces `app.openapi` by one that is complete; the result is made once.
+
+    Args:
+        generate: whether the server writes text.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _completed(get_openapi(title=app.title, version=app.version, routes=app.routes))
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            app.openapi_schema = _completed(schema, GenerationRequest if generate else CompletionRequest)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _completed(schema: dict[str, Any]) -> dict[str, Any]:
+def _completed(schema: dict[str, Any], completions: type[CompletionRequest]) -> dict[str, Any]:
     components = schema.setdefault("components", {}).setdefault("schemas", {})
-    bodies = [(JsonScoreRequest, "validation"), (CompletionRequest, "validation")]
+    bodies = [(JsonScoreRequest, "validation"), (completions, "validation")]
     _, definitions = models_json_schema(bodies, ref_template=REF)  # type: ignore[arg-type]  # a list of pairs it is
     components.update(definitions["$defs"])
     components["Problem"] = _problem_schema()
@@ -47,7 +53,7 @@ def _completed(schema: dict[str, Any]) -> dict[str, Any]:
         "content": frames,
     }
     paths["/v1/head"]["get"]["responses"]["200"] = {"description": "a safetensors file", "content": frames}
-    openai_body = {"application/json": {"schema": {"$ref": REF.format(model="CompletionRequest")}}}
+    openai_body = {"application/json": {"schema": {"$ref": REF.format(model=completions.__name__)}}}
     paths["/v1/completions"]["post"]["requestBody"] = {"required": True, "content": openai_body}
     for name, path in paths.items():
         for operation in path.values():

@@ -21,6 +21,7 @@ from teacher_api.types import ScoreOptions, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Admission, Cost, Receiving
 from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
+from teacher_server.backends.generation import Generator
 from teacher_server.config import ServerConfig
 from teacher_server.counts import Counts
 from teacher_server.head_share import (
@@ -65,6 +66,7 @@ class TeacherService:
         self._scheduler: Scheduler | None = None
         self._backend: ScoringBackend | None = None
         self.counts = Counts()
+        self.generator: Generator | None = None  # what writes text, once the model is loaded
         self.open_streams = 0
         self._head_access = HeadAccess(config)
         self._head_file: HeadFile | None = None
@@ -84,7 +86,9 @@ class TeacherService:
         Raises:
             ValueError: the model can't be served with these settings, or fails its self-check.
         """
-        infos = teacher_infos(self.config, backend.features, facts)
+        self.generator = backend.generator
+        features = backend.features | ({"generate"} if backend.generator else set())
+        infos = teacher_infos(self.config, features, facts)
         info = infos[""]
         if info.max_sequence_tokens > self.config.queue_tokens:
             raise ValueError(

@@ -118,7 +118,7 @@ def _check_options(options: ScoreOptions, info: TeacherInfo) -> None:
 def _prompt(tokens: IntArray, index: int, teacher: str, info: TeacherInfo) -> tuple[IntArray, bytes] | TeacherError:
     path = f"prompts[{index}]"
     try:
-        _check_ids(tokens, path, info)
+        check_ids(tokens, path, info)
     except TeacherError as error:
         return error
     key = hashlib.blake2b(np.ascontiguousarray(tokens).tobytes(), digest_size=16)
@@ -134,7 +134,7 @@ def _job(
     info: TeacherInfo,
 ) -> ScoreJob | TeacherError:
     try:
-        _check_ids(completion.token_ids, f"{path}.token_ids", info)
+        check_ids(completion.token_ids, f"{path}.token_ids", info)
         prompt, key = _prompt_of(completion, path, prompts)
         num_tokens = len(prompt) + len(completion.token_ids)
         if num_tokens > info.max_sequence_tokens:
@@ -180,7 +180,8 @@ def _prompt_of(
     return prompt
 
 
-def _check_ids(ids: IntArray, path: str, info: TeacherInfo) -> None:
+def check_ids(ids: IntArray, path: str, info: TeacherInfo) -> None:
+    """Raises InvalidRequest unless `ids` are some, and this teacher's."""
     if ids.ndim != 1:
         raise InvalidRequest(f"an array of shape {list(ids.shape)}; expected one dimension", field=path)
     if not len(ids):

@@ -48,6 +48,7 @@ def _fake(config: ServerConfig) -> ScoringBackend:
             restart_s=config.fake_restart_s,
         ),
         adapters=config.lora,
+        generate=config.generate,
     )
 
 
@@ -65,6 +66,7 @@ def _torch(config: ServerConfig) -> ScoringBackend:
         batch_sequences=config.batch_sequences,
         head_chunk_rows=config.head_chunk_rows,
         max_sequence_tokens=config.max_sequence_tokens,
+        generated_texts=config.max_generations if config.generate else 0,
     )
 
 
@@ -82,4 +84,6 @@ def _vllm(config: ServerConfig) -> ScoringBackend:
         engine_args=config.engine_arguments,
         adapters=config.lora,
         start_timeout_s=config.engine_start_timeout_s,
+        generated_texts=config.max_generations if config.generate else 0,
+        generator_args=dict(config.generate_vllm),
     )

@@ -15,9 +15,11 @@ from typing import Any
 
 from teacher_api.errors import TeacherError
 from teacher_api.types import Candidates, IntArray, ScoreOptions, Scores
+from teacher_server.backends.generation import Generator
 
 FEATURES = ("top_k", "full_vocabulary", "candidates", "temperature", "float16", "entropy", "rank", "hidden")
-"""Options a backend may declare. `exact_tail` stands beside them where log_tail is computed from logits."""
+"""Options a backend may declare. `exact_tail` stands beside them where log_tail is computed from logits, `generate`
+where the backend has a generator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class ScoringBackend(ABC):
 
     name: str
     features: frozenset[str]
+    generator: Generator | None = None
+    """After `load`: what writes text, where it was asked for. TeacherInfo then has the feature `generate`."""
 
     @property
     def restarts(self) -> int:

@@ -18,6 +18,7 @@ from teacher_api.errors import BackendFailed, TeacherError
 from teacher_api.types import Scores
 from teacher_server.backends.base import FEATURES, BatchPolicy, ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.backends.exact_rows import F64, score_rows
+from teacher_server.backends.fake_generation import FakeGenerator
 from teacher_server.backends.weights import adapted_digest
 
 U64 = npt.NDArray[np.uint64]
@@ -76,6 +77,7 @@ class FakeBackend(ScoringBackend):
         batch_sequences: int = 64,
         faults: Faults | None = None,
         adapters: Mapping[str, str] | None = None,  # name -> any text, of which equal ones are equal teachers
+        generate: bool = False,
     ) -> None:
         self.model = model
         self.vocabulary = vocabulary
@@ -87,6 +89,8 @@ class FakeBackend(ScoringBackend):
         self.up_at = 0.0  # by the monotonic clock: before it the engine is dead
         self._deaths = 0
         self._policy = BatchPolicy(batch_tokens, batch_sequences)
+        if generate:
+            self.generator = FakeGenerator(self._next_logits, self.faults, self.is_up, self._die)
 
     @property
     def policy(self) -> BatchPolicy:
@@ -135,8 +139,7 @@ class FakeBackend(ScoringBackend):
         if any(faults.hang_token in job.token_ids for job in jobs):
             await asyncio.Event().wait()
         if any(faults.death_token in job.token_ids for job in jobs):
-            self._deaths += 1
-            self.up_at = time.monotonic() + faults.restart_s
+            self._die()
             raise BackendFailed("injected: the engine died", retry_after_s=faults.restart_s)
         return [await asyncio.to_thread(self._one, job) for job in jobs]
 
@@ -146,6 +149,14 @@ class FakeBackend(ScoringBackend):
 
     def is_up(self) -> bool:
         return time.monotonic() >= self.up_at
+
+    def _die(self) -> None:
+        self._deaths += 1
+        self.up_at = time.monotonic() + self.faults.restart_s
+
+    def _next_logits(self, token_ids: list[int]) -> F64:
+        ids, at = np.asarray(token_ids, np.int32), np.asarray([len(token_ids)], np.int32)
+        return noise_logits(ids, at, self.vocabulary + self.padding_columns)[0, : self.vocabulary]
 
     def _one(self, job: ScoreJob) -> Scores:
         width = self.vocabulary + self.padding_columns

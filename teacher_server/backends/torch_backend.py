@@ -14,7 +14,6 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -25,6 +24,8 @@ from torch import Tensor
 from teacher_api.errors import BackendFailed, InvalidBackendOutput, InvalidRequest, TeacherError, TooLarge
 from teacher_api.types import Candidates, FloatArray, ScoreOptions, Scores
 from teacher_server.backends.base import FEATURES, BatchPolicy, ModelFacts, OutputHead, ScoreJob, ScoringBackend
+from teacher_server.backends.generation import Generator
+from teacher_server.backends.model_thread import ModelThread
 from teacher_server.backends.rows import RowScores, auto_chunk_rows, score_rows
 from teacher_server.backends.shared_prompt import Prompt, groups_of, parts_of, shared_tokens
 from teacher_server.backends.torch_loading import Loaded, load, output_head
@@ -52,6 +53,7 @@ class TorchBackend(ScoringBackend):
         batch_sequences: sequences of one forward.
         head_chunk_rows: rows whose logits exist at once; 0: as many as fill 32 MiB.
         max_sequence_tokens: longest sequence; 0: the model's positions, or 32,768 where it has no limit.
+        generated_texts: written at a time; 0: this teacher writes none.
     """
 
     name = "torch"
@@ -70,6 +72,7 @@ class TorchBackend(ScoringBackend):
         batch_sequences: int = 64,
         head_chunk_rows: int = 0,
         max_sequence_tokens: int = 0,
+        generated_texts: int = 0,
     ) -> None:
         self._model = model
         self._revision = revision
@@ -81,8 +84,9 @@ class TorchBackend(ScoringBackend):
         self._batch_sequences = batch_sequences
         self._head_chunk_rows = head_chunk_rows
         self._max_sequence_tokens = max_sequence_tokens
+        self._generated_texts = generated_texts
         self._loaded: Loaded | None = None
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="torch-backend")
+        self._thread = ModelThread("torch-backend")
 
     @property
     def policy(self) -> BatchPolicy:
@@ -94,13 +98,15 @@ class TorchBackend(ScoringBackend):
 
     def load(self) -> ModelFacts:
         """Loads the model, in the thread that will run it. Raises ValueError of one line."""
-        self._loaded = self._worker.submit(self._load).result()
+        self._loaded = self._thread.submit(self._load).result()
+        if self._generated_texts:
+            self.generator = self._generator(self._loaded)
         return self._loaded.facts
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[_Answer]:
         abandoned = threading.Event()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, self._score, jobs, abandoned)
+            return await asyncio.wrap_future(self._thread.submit(lambda: self._score(jobs, abandoned)))
         finally:
             abandoned.set()  # a cancelled caller: the batch under way is the last one run for it
 
@@ -109,9 +115,9 @@ class TorchBackend(ScoringBackend):
         return output_head(self._loaded.parts)
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._thread.close)
         if self._loaded is not None:
-            self._loaded = None
+            self._loaded = self.generator = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -133,6 +139,18 @@ class TorchBackend(ScoringBackend):
             device=device,
             max_sequence_tokens=self._max_sequence_tokens,
             scoring_path=f"{device.type}, {mode}",
+        )
+
+    def _generator(self, loaded: Loaded) -> Generator:
+        from teacher_server.backends.torch_generation import TorchGenerator
+
+        return TorchGenerator(
+            loaded.network,
+            self._thread,
+            tokenizer_size=loaded.facts.tokenizer_size,
+            batch_tokens=self._batch_tokens,
+            # Under LongRoPE one long text would turn the others' positions, too.
+            batch_texts=1 if loaded.long_rope_after is not None else self._generated_texts,
         )
 
     def _score(self, jobs: Sequence[ScoreJob], abandoned: threading.Event) -> list[_Answer]:

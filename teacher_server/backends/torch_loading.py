@@ -45,6 +45,7 @@ class Loaded:
     facts: ModelFacts
     long_rope_after: int | None  # sequences longer than this turn with other frequencies; None: all turn alike
     shares_prompts: bool  # whether a prompt can run once for several sequences
+    network: Any  # the whole model, of which `parts` are parts
 
 
 def load(
@@ -86,7 +87,7 @@ def load(
         engine_version=f"torch {torch.__version__}, transformers {transformers.__version__}",
         scoring_path=scoring_path,
     )
-    return Loaded(parts, head, facts, _long_rope_after(config), shares_prompts)
+    return Loaded(parts, head, facts, _long_rope_after(config), shares_prompts, network)
 
 
 def find_checkpoint(model: str, revision: str) -> tuple[Path, str]:

@@ -24,6 +24,7 @@ from teacher_server.backends.torch_loading import find_checkpoint, tokenizer_fac
 from teacher_server.backends.vllm_adapters import ARGUMENTS, VllmAdapters
 from teacher_server.backends.vllm_check import check_adapters, check_answers
 from teacher_server.backends.vllm_engine import EngineHost, one_line, prepare_environment
+from teacher_server.backends.vllm_generation import VllmGenerator, memory_shares
 from teacher_server.backends.vllm_head import read_output_head
 from teacher_server.backends.vllm_paths import ANSWER_BYTES, FusedPath, PromptLogprobsPath, ScoringPath
 from teacher_server.backends.weights import adapted_digest, weights_digest
@@ -54,6 +55,7 @@ class _Plan:
 
     facts: ModelFacts
     arguments: dict[str, Any]  # of the engine, whatever the path
+    generator_arguments: dict[str, Any]  # of the second engine alone
     environment: dict[str, str]  # while an engine starts
     config: Any  # vllm's ModelConfig
     directory: Path
@@ -76,11 +78,14 @@ class VllmBackend(ScoringBackend):
         engine_args: passed to vLLM's AsyncEngineArgs as they are.
         adapters: name -> directory of a LoRA adapter that is a teacher on the same base.
         start_timeout_s: longest start of an engine, and longest check of its answers.
+        generated_texts: written at a time, by a second engine; 0: there is none.
+        generator_args: as `engine_args`, for the second engine alone; stronger.
     """
 
     name = "vllm"
     features = FusedPath.features
     """Before `load`: what it may come to offer."""
+    generator: VllmGenerator | None = None
 
     def __init__(
         self,
@@ -96,6 +101,8 @@ class VllmBackend(ScoringBackend):
         engine_args: Mapping[str, Any] | None = None,
         adapters: Mapping[str, str] | None = None,
         start_timeout_s: float = 1800.0,
+        generated_texts: int = 0,
+        generator_args: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = model
         self._revision = revision
@@ -108,6 +115,8 @@ class VllmBackend(ScoringBackend):
         self._user_arguments = dict(engine_args or {})
         self._adapter_places = dict(adapters or {})
         self._start_timeout_s = start_timeout_s
+        self._generated_texts = generated_texts
+        self._generator_arguments = dict(generator_args or {})
         self._facts: ModelFacts | None = None
         self._plan: _Plan | None = None
         self._path: ScoringPath | None = None
@@ -130,6 +139,8 @@ class VllmBackend(ScoringBackend):
         self.features = self._path.features
         note = self._fallback.replace(str(directory), directory.name)  # clients see it
         self._facts = replace(plan.facts, scoring_path=self._described(self._path), scoring_path_note=note)
+        if self._generated_texts:
+            self.generator = self._started_generator(plan)
         return self._facts
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
@@ -146,10 +157,13 @@ class VllmBackend(ScoringBackend):
         return self._host.restarts
 
     def is_up(self) -> bool:
+        if self.generator is not None:
+            self.generator.is_up()  # starts it again where it died; scoring goes on meanwhile
         return self._host.is_up()
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._host.close)
+        ends = [self._host.close] if self.generator is None else [self._host.close, self.generator.close]
+        await asyncio.gather(*(asyncio.to_thread(end) for end in ends))
 
     async def _score(self, jobs: Sequence[ScoreJob]) -> list[Scores | TeacherError]:
         return list(await asyncio.gather(*(self._score_one(job) for job in jobs)))
@@ -214,6 +228,23 @@ class VllmBackend(ScoringBackend):
         if plan.adapters.adapters:
             check_adapters(ask, plan.facts, plan.directory, path.features, plan.adapters.adapters)
 
+    def _started_generator(self, plan: _Plan) -> VllmGenerator:
+        from vllm.platforms import current_platform
+
+        generator = VllmGenerator(plan.facts, max_texts=self._generated_texts, on_cpu=current_platform.is_cpu())
+        try:
+            generator.start(
+                plan.arguments,
+                self._user_arguments,
+                plan.generator_arguments,
+                plan.environment,
+                timeout_s=self._start_timeout_s,
+            )
+        except ValueError as error:
+            generator.close()
+            raise ValueError(f"the second engine, for --generate: {error}") from error
+        return generator
+
     async def _asked(self, path: ScoringPath, jobs: Sequence[ScoreJob]) -> list[Scores]:
         return list(await asyncio.gather(*(path.score(self._host, job) for job in jobs)))
 
@@ -257,7 +288,9 @@ class VllmBackend(ScoringBackend):
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
 
-        self._check_arguments({field.name for field in fields(AsyncEngineArgs)})
+        known = {field.name for field in fields(AsyncEngineArgs)}
+        self._check_arguments(known)
+        self._check_arguments(known, self._generator_arguments)
         base = {**FIXED_ARGUMENTS, **self._user_arguments, "model": str(directory)}
         config = _model_config(AsyncEngineArgs(**base, dtype=self._dtype), directory)
         stored = getattr(config.hf_text_config, "dtype", None)
@@ -290,11 +323,15 @@ class VllmBackend(ScoringBackend):
             adapters={name: adapted_digest(weights, adapter.digest) for name, adapter in adapters.items()},
         )
         arguments = {**_defaults(config, limit), **base}
+        own = dict(self._generator_arguments)
+        if self._generated_texts and not current_platform.is_cpu():
+            first, second = memory_shares(self._user_arguments, own)
+            arguments["gpu_memory_utilization"], own["gpu_memory_utilization"] = first, second
         served = VllmAdapters(adapters, current_platform.is_cpu())
-        return _Plan(facts, arguments, self._environment(config, limit), config, directory, served)
+        return _Plan(facts, arguments, own, self._environment(config, limit), config, directory, served)
 
-    def _check_arguments(self, known: set[str]) -> None:
-        for name in self._user_arguments:
+    def _check_arguments(self, known: set[str], given: Mapping[str, Any] | None = None) -> None:
+        for name in self._user_arguments if given is None else given:
             if name in OWN_ARGUMENTS:
                 raise ValueError(f"engine argument {name!r} is set by the option {OWN_ARGUMENTS[name]!r}; use that")
             if name in SECRET_ARGUMENTS:

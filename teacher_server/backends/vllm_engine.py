@@ -99,6 +99,8 @@ class EngineHost:
         """Stops the engine and the loop. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is None:
+            if not self._loop.is_running():
+                self._loop.close()
             return
         self.stop()
         with contextlib.suppress(TimeoutError):  # a task that does not end is left to the thread, a daemon
