@@ -301,7 +301,8 @@ class _Chunk:
         tail_n = rest_n.log()
         small = (rest_n < SMALLEST_SUM).nonzero()[:, 0]
         step = max(SMALLEST_SLICE, SLICE_BYTES // (4 * self._width))
-        for rows in small.split(step):
+        for start in range(0, len(small), step):
+            rows = small[start : start + step]
             place_n = rows.new_full((self._num_rows,), -1)
             place_n[rows] = torch.arange(len(rows), device=rows.device)
             mine = (place_n[self._asked.rows] >= 0).nonzero()[:, 0]

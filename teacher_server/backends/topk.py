@@ -39,7 +39,7 @@ class Blocks:
 
     def maxima(self, values_nV: Tensor) -> Tensor:
         """[n, B]."""
-        return values_nV[:, : self.covered].unflatten(1, (self.entries, self.number)).amax(1)
+        return values_nV[:, : self.covered].reshape(len(values_nV), self.entries, self.number).amax(1)
 
     def columns(self, chosen_nb: Tensor) -> Tensor:
         """Ids [n, c] of the entries of the chosen blocks, and of the columns that are in none."""
@@ -95,7 +95,7 @@ def _top_k_of_keys(values_nV: Tensor, k: int) -> Tensor:
     number = width // NEIGHBOURS
     if 2 * (k + 1) < number:
         covered = number * NEIGHBOURS
-        maxima = values_nV[:, :covered].unflatten(1, (number, NEIGHBOURS)).amax(-1)
+        maxima = values_nV[:, :covered].reshape(len(values_nV), number, NEIGHBOURS).amax(-1)
         chosen = order_keys(maxima, torch.arange(number, device=maxima.device)).topk(k, dim=-1).indices
         ids = (chosen[:, :, None] * NEIGHBOURS + torch.arange(NEIGHBOURS, device=chosen.device)).flatten(1)
         after = torch.arange(covered, width, device=chosen.device).expand(len(chosen), -1)
