@@ -101,7 +101,8 @@ def logprobs_from_hidden(
         z_NW /= temperature
     z_NW -= z_NW.max(axis=1, keepdims=True)
     z_NW -= np.log(np.exp(z_NW).sum(axis=1, keepdims=True))
-    return np.maximum(z_NW[:, : head.tokenizer_size], LOGPROB_FLOOR)
+    logprob_NV: npt.NDArray[Any] = np.maximum(z_NW[:, : head.tokenizer_size], LOGPROB_FLOOR)
+    return logprob_NV
 
 
 def metadata_of(*, fingerprint: str, scale: float, soft_cap: float | None, tokenizer_size: int) -> dict[str, str]:
