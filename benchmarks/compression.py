@@ -9,6 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,39 +24,36 @@ ZIPF_EXPONENT = 1.0
 CONTEXT_STD = 2.5  # nats by which a context moves each logit from the unigram's
 SHARPNESS = (2.0, 0.6)  # mean and standard deviation, over rows, of the factor on all logits
 ValueType = Literal["float16", "float32"]
+VALUE_TYPES: tuple[ValueType, ...] = ("float16", "float32")
 
 
-def rows(
-    vocabulary: int, num_rows: int, top_k: int, value_type: ValueType, seed: int = 0
-) -> tuple[ScoreRequest, Scores]:
-    """An answer, and the request for it. Logits are a Zipf unigram over shuffled ids plus noise of the context, times
-    the row's sharpness; the actual token is drawn from them."""
+def rows(vocabulary: int, num_rows: int, top_k: int, seed: int = 0) -> tuple[Completion, Scores]:
+    """A sequence and its answer, in float32. Logits are a Zipf unigram over shuffled ids plus noise of the context,
+    times the row's sharpness; the actual token is drawn from them."""
     random = np.random.Generator(np.random.Philox(seed))
-    unigram = -ZIPF_EXPONENT * np.log(np.arange(1, vocabulary + 1))
-    unigram = random.permutation(unigram)
+    unigram = random.permutation(-ZIPF_EXPONENT * np.log(np.arange(1, vocabulary + 1)))
     tokens = np.zeros(num_rows + 1, np.int32)
     ids = np.empty((num_rows, top_k), np.int32)
     values = np.empty((num_rows, top_k), np.float32)
     token, tail, entropy = (np.empty(num_rows, np.float32) for _ in range(3))
     for n in range(num_rows):
         sharpness = max(0.4, random.normal(*SHARPNESS))
-        logits = sharpness * (unigram + random.normal(0, CONTEXT_STD, vocabulary))
-        logprob = logits - np.logaddexp.reduce(logits)
-        mass = np.exp(logprob)
-        actual = int(random.choice(vocabulary, p=mass / mass.sum()))
-        best = np.argpartition(-logprob, top_k)[:top_k]
-        ids[n] = best[np.argsort(-logprob[best], kind="stable")]
-        values[n] = logprob[ids[n]]
-        outside = np.setdiff1d(np.arange(vocabulary), np.append(ids[n], actual))
-        tokens[n + 1], token[n] = actual, logprob[actual]
-        tail[n], entropy[n] = np.logaddexp.reduce(logprob[outside]), -(mass * logprob).sum()
+        logits = sharpness * (unigram + CONTEXT_STD * random.standard_normal(vocabulary))
+        top = logits.max()
+        mass = np.exp(logits - top)
+        logsumexp = top + np.log(mass.sum())
+        actual = int(np.searchsorted(np.cumsum(mass), random.random() * mass.sum()))
+        best = np.argpartition(-logits, top_k)[:top_k]
+        ids[n] = best[np.argsort(-logits[best], kind="stable")]
+        values[n], tokens[n + 1], token[n] = logits[ids[n]] - logsumexp, actual, logits[actual] - logsumexp
+        entropy[n] = logsumexp - (mass @ logits) / mass.sum()
+        mass[ids[n]] = mass[actual] = 0.0
+        tail[n] = top + np.log(mass.sum()) - logsumexp
     print(
         f"{vocabulary}: entropy {entropy.mean():.2f} nats a row, {np.exp(values).sum(1).mean():.1%} in the top {top_k}"
     )
-    options = ScoreOptions(top_k=top_k, value_type=value_type)
-    request = ScoreRequest([Completion("0", tokens)], options=options)
-    scores = Scores("0", np.arange(1, num_rows + 1, dtype=np.int32), token, tail, ids, values.astype(value_type))
-    return request, scores
+    positions = np.arange(1, num_rows + 1, dtype=np.int32)
+    return Completion("0", tokens), Scores("0", positions, token, tail, ids, values)
 
 
 def frames_of(
@@ -85,8 +83,12 @@ def taking_turns(paths: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def measure(vocabulary: int, value_type: ValueType, options: argparse.Namespace) -> dict[str, float]:
-    request, scores = rows(vocabulary, options.rows, options.top_k, value_type)
+def measure(
+    completion: Completion, scores: Scores, vocabulary: int, value_type: ValueType, options: argparse.Namespace
+) -> dict[str, float]:
+    request = ScoreRequest([completion], options=ScoreOptions(top_k=options.top_k, value_type=value_type))
+    assert scores.topk_logprob is not None
+    scores = replace(scores, topk_logprob=scores.topk_logprob.astype(value_type))
     none, zstd = (frames_of(request, scores, kind, vocabulary) for kind in ("none", "zstd"))
     for name in ("token_logprob", "log_tail", "topk_ids", "topk_logprob"):
         a, b = (getattr(decode(request, frames, vocabulary), name) for frames in (none, zstd))
@@ -125,8 +127,9 @@ def main() -> None:
     compression.LEVEL = options.level
     figures: dict[str, float] = {}
     for vocabulary in VOCABULARIES:
-        for value_type in ("float16", "float32"):
-            found = measure(vocabulary, value_type, options)
+        completion, scores = rows(vocabulary, options.rows, options.top_k)
+        for value_type in VALUE_TYPES:
+            found = measure(completion, scores, vocabulary, value_type, options)
             suffix = f"_{value_type}_v{vocabulary}"
             figures |= {name + suffix: value for name, value in found.items()}
     for name, value in figures.items():

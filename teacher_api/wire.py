@@ -226,7 +226,9 @@ def decode_request(message: pb.ScoreRequest) -> DecodedRequest:
         Unsupported: a value type that has no meaning here, or a compression that is missing here.
     """
     if message.packed:
-        raise InvalidRequest("an envelope; expected the request that is in it", field="packed")
+        raise InvalidRequest(
+            "a request in an envelope; expected it as it is, over HTTP with Content-Encoding: zstd", field="packed"
+        )
     if not message.completions:
         raise InvalidRequest("empty; expected at least one completion", field="completions")
     _check_counts(message)

@@ -18,8 +18,8 @@ from google.protobuf.message import DecodeError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from teacher_api import compression, wire
 from teacher_api import info as info_api
+from teacher_api import wire
 from teacher_api.errors import (
     InternalError,
     InvalidRequest,
@@ -135,18 +135,16 @@ async def _received(
         if kind not in kinds:
             raise Unsupported(f"the stream takes {PROTOBUF} only; expected that content type", field="content-type")
         if kind == PROTOBUF:
-            return kind, await _decoded(body, service.config.max_request_bytes)
+            return kind, _decoded(body)
         # Slow to read, so not on the event loop.
         return kind, decoded_of(await asyncio.to_thread(json_models.request_from_json, body))
 
 
-async def _decoded(body: bytes, max_bytes: int) -> wire.DecodedRequest:
+def _decoded(body: bytes) -> wire.DecodedRequest:
     try:
         message = pb.ScoreRequest.FromString(body)
     except DecodeError:
         raise InvalidRequest("the body is not a teacher.v1.ScoreRequest; expected its protobuf encoding") from None
-    if message.packed:
-        message = await asyncio.to_thread(compression.unpack_request, message, max_bytes)
     return wire.decode_request(message)
 
 

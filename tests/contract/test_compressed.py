@@ -169,6 +169,10 @@ def test_a_grpc_envelope_is_held_to_the_same_limit(server: Server):
         assert (code.name, info.reason, info.metadata["field"]) == ("INVALID_ARGUMENT", "too_large", "packed")
     _, info, _ = refused(server, pb.ScoreRequest(packed=b"hello"))
     assert (info.reason, info.metadata["field"]) == ("invalid_request", "packed")
+    over_http = post(
+        server, pb.ScoreRequest(packed=zstd.compress(wire.encode_request(long_request()).SerializeToString()))
+    )
+    assert (over_http.status_code, over_http.json()["field"]) == (400, "packed")
 
 
 def test_it_is_among_the_features(server: Server):
