@@ -127,6 +127,8 @@ class App:
             ending: set[asyncio.Task[Any]] = {serving, serving_http}
             if self._metrics is not None:
                 ending.add(asyncio.create_task(asyncio.to_thread(self._metrics.close)))
+            if self._grpc is not None:  # a start that failed; after a drain it has been stopped already
+                ending.add(asyncio.create_task(self._grpc.stop(0)))
             await asyncio.wait(ending, timeout=QUICK_S)
             await self._close_backend()
 

@@ -123,7 +123,7 @@ def test_the_check_refuses_a_head_that_is_not_the_models(checkpoint: Any, opened
 def test_a_quantised_head_is_refused_by_name(checkpoint: Any, opened: Any) -> None:
     backend = opened(checkpoint("llama"))
     parts = backend._loaded.parts
-    quantised = torch.nn.Embedding(128, 32).to(torch.int8)
+    quantised = torch.nn.Embedding.from_pretrained(torch.zeros(128, 32, dtype=torch.int8))
     backend._loaded = replace(backend._loaded, parts=replace(parts, project=quantised))
     with pytest.raises(ValueError, match=r"a Embedding of torch\.int8; only a linear layer in float can be shared"):
         backend.output_head()

@@ -19,10 +19,13 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from serving import serving
 
 from teacher_api import wire
 from teacher_api.types import Completion, ScoreRequest
 from teacher_api.v1 import teacher_pb2 as pb
+from teacher_server.app import StartError
+from teacher_server.backends.fake import FakeBackend
 from teacher_server.lifecycle import Lifecycle
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
@@ -240,6 +243,23 @@ def probe_or_gone(url: str) -> int:
         return probe(url, "readyz")
     except httpx.TransportError:
         return 0
+
+
+def test_a_start_that_fails_gives_its_ports_back():
+    """In a program that goes on: both were open while the model loaded."""
+
+    class Broken(FakeBackend):
+        def load(self):
+            for port in ports.values():
+                socket.create_connection(("127.0.0.1", port), timeout=10).close()
+            raise ValueError("the model is broken")
+
+    ports = {"http_port": free_port(), "grpc_port": free_port()}
+    with pytest.raises(StartError, match="the model is broken"), serving(lambda _: Broken(), **ports):
+        pass
+    for port in ports.values():
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=10)
 
 
 def test_the_configuration_is_printed_without_the_keys(tmp_path):
