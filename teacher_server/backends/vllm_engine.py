@@ -144,11 +144,9 @@ class EngineHost:
 
     async def load_adapter(self, adapter: Any) -> None:
         """Loads vLLM's LoRARequest. Raises ValueError where the engine can't; in a step, it would die of that."""
-        from vllm.exceptions import VLLMServerError
-
         try:
             loaded = await self._engine.add_lora(adapter)
-        except (VLLMServerError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # what a worker raised comes back as a bare Exception
             raise ValueError(f"lora.{adapter.lora_name}: vLLM can't load it: {one_line(error)}") from error
         if not loaded:
             raise ValueError(f"lora.{adapter.lora_name}: vLLM did not load it; its log may say why")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,5 +169,5 @@ def test_a_server_that_knows_no_adapters_is_not_asked_for_one(serve):
     """It would ignore the field and answer as its base."""
     teacher = FakeTeacher()
     with pytest.raises(errors.NotFound, match="'math'; there is only the base"):
-        run(serve, teacher, lambda c: c.score(a_request(1)), teacher="math")
+        run(serve, teacher, lambda c: c.score(replace(a_request(1), teacher="math")))
     assert teacher.asked == []
