@@ -66,7 +66,7 @@ metric_list:
 
 
 def teacher(path: Path) -> Path:
-    """A random Qwen3 of 0.5M parameters in float32, with a byte-level tokenizer."""
+    """A random Qwen3 of 0.36M parameters in float32, with a byte-level tokenizer."""
     return models.make(path, vocabulary=VOCABULARY, hidden=128, layers=2, logit_std=LOGIT_STD)
 
 
