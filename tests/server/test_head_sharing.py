@@ -34,7 +34,7 @@ from teacher_server.app import StartError
 from teacher_server.backends.base import OutputHead
 from teacher_server.config import ServerConfig
 from teacher_server.head_share import as_client_has_it, check_head, write_head
-from teacher_server.identity import teacher_info
+from teacher_server.identity import teacher_infos
 
 TOLERANCE = 1e-5
 # Heads with a bias, a divisor and a factor; tied and untied ones, and a soft cap, are among ARCHITECTURES.
@@ -65,7 +65,7 @@ def checkpoint_of(family: str, path: Path) -> Path:
 def shared(backend: Any, directory: Path) -> tuple[Head, TeacherInfo]:
     """The head of a loaded backend, through its file."""
     facts = backend._loaded.facts
-    info = teacher_info(ServerConfig(model="m"), backend.features, facts)
+    info = teacher_infos(ServerConfig(model="m"), backend.features, facts)[""]
     file = write_head(backend.output_head(), info, directory)
     assert file.digest == digest_of(file.path, info.fingerprint)
     return read_head(file.path), info
@@ -103,7 +103,7 @@ def test_a_bfloat16_teacher_shares_bfloat16(checkpoint: Any, opened: Any, tmp_pa
 
 def test_the_check_refuses_a_head_that_is_not_the_models(checkpoint: Any, opened: Any) -> None:
     backend = opened(checkpoint("gemma2"))
-    info = teacher_info(ServerConfig(model="m"), backend.features, backend._loaded.facts)
+    info = teacher_infos(ServerConfig(model="m"), backend.features, backend._loaded.facts)[""]
     head = backend.output_head()
 
     async def ask(asked: Any) -> Any:

@@ -25,7 +25,7 @@ from teacher_api.types import ScoreOptions, Scores
 from teacher_server.backends.base import ScoreJob, ScoringBackend
 from teacher_server.config import ServerConfig
 from teacher_server.head_share import as_client_has_it
-from teacher_server.identity import teacher_info
+from teacher_server.identity import teacher_infos
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -153,7 +153,7 @@ def test_ranges_with_holes_and_hidden_states(fused: ScoringBackend, reference: t
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_hidden_states_through_the_output_head_are_the_whole_rows(fused: ScoringBackend, temperature: float) -> None:
     facts = fused.facts  # type: ignore[attr-defined]
-    info = teacher_info(ServerConfig(model="m"), fused.features, facts)
+    info = teacher_infos(ServerConfig(model="m"), fused.features, facts)[""]
     head = as_client_has_it(fused.output_head(), info)
     assert (head.logit_width, head.hidden_size, head.tokenizer_size) == (WIDTH, facts.hidden_size, VOCABULARY)
     (scores,) = score(fused, job(random_tokens(6, 150, VOCABULARY), top_k="all", temperature=temperature, hidden=True))
