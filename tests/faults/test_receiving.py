@@ -24,7 +24,7 @@ BOUND, PART, LARGE = 100_000, 60_000, 50_000  # PART and LARGE do not fit togeth
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(max_request_bytes=65536, receiving_bytes=BOUND, body_idle_s=60) as running:
+    with serving(max_request_bytes=65536, receiving_bytes=BOUND, body_idle_s=60, metrics_port=0) as running:
         yield running
 
 
@@ -96,7 +96,9 @@ def test_a_compressed_body_counts_as_what_comes_out_of_it(server: Server):
     for _ in range(3):
         assert sent() == 400
     with half_sent(server):
-        until(lambda: sent() == 429, "what comes out is not counted")
+        held = f"preceptor_receiving_bytes {PART}.0\n"
+        until(lambda: held in httpx.get(server.metrics_url).text, "what was sent has not come")
+        assert sent() == 429
         assert isinstance(ask_http(server, request_of([1, 2, 3]))[0], Scores)
     until(lambda: sent() == 400, "the place was never given back")
 

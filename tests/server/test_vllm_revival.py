@@ -51,7 +51,11 @@ def until(condition: Callable[[], bool], complaint: str) -> None:
 @pytest.fixture
 def host() -> Iterator[Revivable]:
     made = Revivable()
+<<<<<<< ours
     made.start(None, {}, timeout_s=20)
+=======
+    made.start(None, {})
+>>>>>>> theirs
     made.starts = 0
     yield made
     made.gate.set()
@@ -73,6 +77,7 @@ def test_an_engine_that_dies_without_work_is_started_again_by_the_check_alone(ho
     host.gate.set()
     until(host.is_up, "it is up and does not say so")
     assert host.starts == 1, "one start at a time"
+    until(lambda: host.restarts == 1, "the start was not counted")
 
 
 def test_an_engine_that_does_not_start_is_tried_again_after_a_pause(host: Revivable):
@@ -88,6 +93,7 @@ def test_an_engine_that_does_not_start_is_tried_again_after_a_pause(host: Reviva
     host._revive_from = time.monotonic()
     until(host.is_up, "it was not tried again")
     assert host.starts == 2
+    until(lambda: host.restarts == 1, "the failed start was counted, or the good one was not")
 
 
 def test_a_closed_host_is_not_up_and_starts_nothing(host: Revivable):
