@@ -284,12 +284,14 @@ def _paired(
     fingerprint: str,
 ) -> list[Answer]:
     """One answer per id: the next of `scored`, or what its request was refused with."""
-    return [
+    answers = [
         Answer(name, next(scored), job, fingerprint)
         if isinstance(job, ScoreJob)
         else Answer(name, job, None, fingerprint)
         for name, job in zip(ids, jobs, strict=True)
     ]
+    assert next(scored, None) is None, "one result per job"  # asked at its end, an iterator lets go of its list
+    return answers
 
 
 async def self_check(scheduler: Scheduler, info: TeacherInfo, teacher: str = "") -> None:

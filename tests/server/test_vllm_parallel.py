@@ -1,5 +1,5 @@
 """Engines of two processes that divide the layers or the sequences, on the fused path (test_vllm_fused.py divides the
-vocabulary): the same scores as a float64 model's."""
+vocabulary). Where vLLM runs them: a float64 model's scores. Where it doesn't: one line that names the combination."""
 
 from __future__ import annotations
 
@@ -23,20 +23,30 @@ pytestmark = [
 ]
 
 VOCABULARY, WIDTH, POSITIONS = 490, 500, 420
+START_S = 200.0  # an engine that hangs ends in the refusal, too
 
 
 @pytest.mark.parametrize("size", ["pipeline_parallel_size", "data_parallel_size"])
-def test_two_processes(size: str, tmp_path: Path) -> None:
+def test_two_processes_score_right_or_are_refused_by_name(size: str, tmp_path: Path) -> None:
     from teacher_server.backends.vllm_backend import VllmBackend
 
     sizes = {"tokenizer_size": VOCABULARY, "vocab_size": WIDTH, "max_position_embeddings": POSITIONS}
     checkpoint = checkpoint_for_vllm(tmp_path / "teacher", **sizes)
     reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).eval()
     small = {"max_num_batched_tokens": 100, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 27}
-    backend = VllmBackend(str(checkpoint), scoring_path="fused", engine_args={**small, size: 2})
+    backend = VllmBackend(
+        str(checkpoint), scoring_path="fused", engine_args={**small, size: 2}, start_timeout_s=START_S
+    )
     try:
-        facts = backend.load()
-        assert facts.scoring_path.startswith("fused")
+        refusal = None
+        try:
+            assert backend.load().scoring_path.startswith("fused")
+        except ValueError as error:
+            refusal = str(error)
+        if refusal is not None:
+            assert f"(scoring path fused with {size} 2)" in refusal
+            assert "\n" not in refusal
+            return
         shared = random_tokens(0, 266, VOCABULARY)
         jobs = []
         for n in range(16):
