@@ -51,11 +51,7 @@ def until(condition: Callable[[], bool], complaint: str) -> None:
 @pytest.fixture
 def host() -> Iterator[Revivable]:
     made = Revivable()
-<<<<<<< ours
     made.start(None, {}, timeout_s=20)
-=======
-    made.start(None, {})
->>>>>>> theirs
     made.starts = 0
     yield made
     made.gate.set()
