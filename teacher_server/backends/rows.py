@@ -30,6 +30,8 @@ SLICE_BYTES = 1 << 20
 EFFICIENT_ROWS = 128
 """A product of fewer rows is bound by reading the head's weights."""
 SMALLEST_SLICE = 4  # rows: with fewer, what it costs to call each pass shows
+FAR = 30.0
+"""Nats: exponentials of logits whose largest is nearer to 0 than this can be summed as they are."""
 SMALLEST_SUM = 1e-30
 """A float32 sum of exponentials under this has lost digits to underflow and is taken again from its own maximum."""
 
@@ -221,8 +223,8 @@ class _Chunk:
         parts = []
         for start in range(0, self._num_rows, step):
             rows = slice(start, min(start + step, self._num_rows))
-            of = self._asked.slice(rows).where
-            flat_m = named_m[of] - start * self._stride
+            first_m, stop_m = int(self._asked.offsets[start]), int(self._asked.offsets[rows.stop])
+            flat_m = named_m[first_m:stop_m] - start * self._stride if first_m < stop_m else None
             parts.append(
                 self._pass(
                     rows,
@@ -233,15 +235,15 @@ class _Chunk:
                     None if whole_nV is None else whole_nV[rows],
                 )
             )
-        top_n, sum_n, rest_n, topk_nK, ids_nK, mean_n, larger_n = (
+        top_n, base_n, sum_n, rest_n, topk_nK, ids_nK, mean_n, larger_n = (
             x[0] if len(x) == 1 or x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)
         )
         few = 0 if self._options.top_k == "all" else int(self._options.top_k) - self._k  # a narrow shard's
         return Pieces(
             top=top_n,
-            lse=sum_n.log(),
+            lse=_log_from_top(sum_n, top_n, base_n),
             token=token_n - top_n,
-            tail=self._log_tail(rest_n, top_n, ids_nK),
+            tail=self._log_tail(rest_n, top_n, base_n, ids_nK),
             topk=pad(topk_nK - top_n[:, None], (0, few), value=-torch.inf),
             topk_ids=pad(ids_nK + self._first, (0, few), value=-1),
             candidates=self._at(self._asked.rows, self._columns_m) - top_n[self._asked.rows],
@@ -254,12 +256,12 @@ class _Chunk:
         rows: slice,
         scratch_nW: Tensor,
         named_n: Tensor,
-        named_m: Tensor,
+        named_m: Tensor | None,
         everyones_n: Tensor | None,
         whole_nV: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Of a slice of rows: top, Σ exp(z − top) over all columns and over those that the answer does not name, the
-        top-k and their ids, Σ p z, and how many columns are larger than the actual token's.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Of a slice of rows: top, base, Σ exp(z − base) over all columns and over those that the answer does not name,
+        the top-k and their ids, Σ p z, and how many columns are larger than the actual token's.
 
         Args:
             scratch_nW: [n, W], for the exponentials; with a shard [n, W + 1].
@@ -279,7 +281,11 @@ class _Chunk:
             if self._k:
                 topk_nK, ids_nK = top_k_by_id(z_nW[:, :known], self._k)
         exp_nW = scratch_nW[:, : self._width]
-        torch.sub(z_nW, top_n[:, None], out=exp_nW).exp_()
+        base_n = self._base(top_n)
+        if base_n is top_n:
+            torch.sub(z_nW, top_n[:, None], out=exp_nW).exp_()
+        else:
+            torch.exp(z_nW, out=exp_nW)
         sum_n = exp_nW.sum(-1)
         mean_n = larger_n = None
         if options.entropy:
@@ -288,17 +294,26 @@ class _Chunk:
         if everyones_n is not None:
             larger_n = (z_nW > everyones_n[:, None]).sum(-1)
         if whole_nV is not None:
-            whole_nV.copy_(_values((z_nW[:, :known] - top_n[:, None]).sub_(sum_n.log()[:, None])))
+            lse_n = _log_from_top(sum_n, top_n, base_n)
+            whole_nV.copy_(_values((z_nW[:, :known] - top_n[:, None]).sub_(lse_n[:, None])))
             exp_nW[:, :known] = 0.0
         exp_nW.scatter_(1, ids_nK, 0.0)
         scratch_nW.scatter_(1, named_n[:, None], 0.0)
-        if len(named_m):
+        if named_m is not None:
             scratch_nW.view(-1).index_fill_(0, named_m, 0.0)
-        return top_n, sum_n, exp_nW.sum(-1), topk_nK, ids_nK, mean_n, larger_n
+        return top_n, base_n, sum_n, exp_nW.sum(-1), topk_nK, ids_nK, mean_n, larger_n
 
-    def _log_tail(self, rest_n: Tensor, top_n: Tensor, ids_nK: Tensor) -> Tensor:
-        """log of `rest_n`; taken again from the rest's own maximum where the sum has lost its digits."""
-        tail_n = rest_n.log()
+    def _base(self, top_n: Tensor) -> Tensor:
+        """What is taken from z before its exponential: each row's largest z; nothing on a CPU, where it would be one
+        more pass, if neither end of float32 is near."""
+        if top_n.device.type == "cpu" and all(abs(top) < FAR for top in top_n.tolist()):
+            return torch.zeros_like(top_n)
+        return top_n
+
+    def _log_tail(self, rest_n: Tensor, top_n: Tensor, base_n: Tensor, ids_nK: Tensor) -> Tensor:
+        """log of `rest_n`, from each row's largest z; taken from the rest's own maximum where the sum has lost its
+        digits."""
+        tail_n = _log_from_top(rest_n, top_n, base_n)
         small = (rest_n < SMALLEST_SUM).nonzero()[:, 0]
         step = max(SMALLEST_SLICE, SLICE_BYTES // (4 * self._width))
         for start in range(0, len(small), step):
@@ -331,6 +346,11 @@ class _Chunk:
         if self._options.temperature != 1.0:
             z_m = z_m / self._options.temperature
         return torch.where((columns_m >= 0) & (columns_m < self._width), z_m, -torch.inf)
+
+
+def _log_from_top(sum_n: Tensor, top_n: Tensor, base_n: Tensor) -> Tensor:
+    """log Σ exp(z − base) as log Σ exp(z − top). float64: the two parts may be far larger than what is left."""
+    return (sum_n.double().log() - (top_n.double() - base_n)).float()
 
 
 def _write(out: RowScores, rows: slice, asked: slice, asked_rows_m: Tensor, pieces: Pieces) -> None:

@@ -29,6 +29,7 @@ class Blocks:
         self.entries = entries
         self.number = width // entries
         self.covered = self.number * entries
+        self._firsts_J: Tensor | None = None
 
     @classmethod
     def for_search(cls, width: int, k: int) -> Blocks | None:
@@ -43,12 +44,12 @@ class Blocks:
 
     def columns(self, chosen_nb: Tensor) -> Tensor:
         """Ids [n, c] of the entries of the chosen blocks, and of the columns that are in none."""
-        device = chosen_nb.device
-        firsts = torch.arange(self.entries, device=device) * self.number
-        inside = (chosen_nb[:, :, None] + firsts).flatten(1)
+        if self._firsts_J is None or self._firsts_J.device != chosen_nb.device:
+            self._firsts_J = torch.arange(0, self.covered, self.number, device=chosen_nb.device)
+        inside = (chosen_nb[:, :, None] + self._firsts_J).flatten(1)
         if self.covered == self.width:
             return inside
-        rest = torch.arange(self.covered, self.width, device=device).expand(len(inside), -1)
+        rest = torch.arange(self.covered, self.width, device=inside.device).expand(len(inside), -1)
         return torch.cat([inside, rest], dim=-1)
 
 
@@ -77,9 +78,10 @@ def top_k_by_id(
         searched = blocks.columns(maxima_nB.topk(k + 1, dim=-1, sorted=False).indices)
         values, places = values_nV.gather(1, searched).topk(k + 1, dim=-1)
         ids = searched.gather(1, places)
-    tied_n = (values[:, 1:] == values[:, :-1]).any(-1)
+    equal_nk = values[:, 1:] == values[:, :-1]
     values, ids = values[:, :k], ids[:, :k]
-    if bool(tied_n.any()):
+    if bool(equal_nk.any()):
+        tied_n = equal_nk.any(-1)
         ids[tied_n] = _top_k_of_keys(values_nV[tied_n], k)
         values[tied_n] = values_nV[tied_n].gather(1, ids[tied_n])
     return values, ids
