@@ -23,6 +23,7 @@ SIZE = 120
 SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     **{arch: (arch, {}) for arch in ("qwen3", "qwen2", "llama", "gemma2", "gpt2", "mixtral")},
     "mistral of a sliding window": ("mistral", {"sliding_window": 16}),
+    "mistral of a window that nothing fills": ("mistral", {"sliding_window": 1000}),
     "gemma2 of a window as long as the prompt": ("gemma2", {"sliding_window": 60}),
     "qwen2 of mixed layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
 }
