@@ -178,14 +178,15 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, action="append", help=f"repeatable; {VOCABULARIES} if not given")
     options = parser.parse_args()
     figures: dict[str, float] = {}
-    for vocabulary in options.vocabulary or VOCABULARIES:
-        if options.part != "server":
-            figures |= of_the_step(vocabulary)
-        if options.part != "step":
+    for part in ("step", "server"):
+        if options.part not in (part, "both"):
+            continue
+        for vocabulary in options.vocabulary or VOCABULARIES:
             with tempfile.TemporaryDirectory() as scratch:
-                figures |= of_the_server(vocabulary, Path(scratch))
-    for name, value in figures.items():
-        print(f"{name:44s} {value:10.2f}")
+                found = of_the_step(vocabulary) if part == "step" else of_the_server(vocabulary, Path(scratch))
+            for name, value in found.items():
+                print(f"{name:44s} {value:10.2f}", flush=True)
+            figures |= found
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
