@@ -49,7 +49,7 @@ class StreamSession:
         self._started = asyncio.get_running_loop().time()
         self._room = asyncio.Semaphore(service.config.stream_sequences)
         self._answers: asyncio.Queue[tuple[Answer, Cost | None] | _End] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Scores | TeacherError]] = set()
         self._seen: set[int] = set()
         self.in_work = 0  # sequences read and not yet delivered
         self.most_in_work = 0
@@ -162,18 +162,17 @@ class StreamSession:
             self._let_go(None)
             raise
         if granted:
-            task = asyncio.create_task(self._work(job, cost, deadline, fingerprint))
+            task = asyncio.create_task(self._service.run_one(job, deadline))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda task: self._scored(task, job, cost, fingerprint))
 
-    async def _work(self, job: ScoreJob, cost: Cost, deadline: float, fingerprint: str) -> None:
-        result: Scores | TeacherError
-        try:
-            result = await self._service.run_one(job, deadline)
-        except BaseException:  # a cancelled stream, or a bug: the budget outlives both
+    def _scored(self, task: asyncio.Task[Scores | TeacherError], job: ScoreJob, cost: Cost, fingerprint: str) -> None:
+        """A callback, for a task that is cancelled before it has begun runs nothing of its own."""
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is not None:  # a cancelled stream, or a bug: the budget outlives both
             self._let_go(cost)
-            raise
-        self._answers.put_nowait((Answer(job.id, result, job, fingerprint), cost))
+        else:
+            self._answers.put_nowait((Answer(job.id, task.result(), job, fingerprint), cost))
 
     def _remaining_s(self) -> float | None:
         if self._transport_s is None:
