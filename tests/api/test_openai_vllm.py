@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stock_vllm import real_vllm
 from tinymodels import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.processes import stock_vllm
 from teacher_api import check, errors
 from teacher_api.client import TeacherClient
 from teacher_api.info import tokenizer_fingerprint
@@ -53,8 +53,8 @@ def served(checkpoint: Path, folder: Path, max_logprobs: int) -> Iterator[str]:
         "--no-enable-log-requests",
         "--enforce-eager",
     ]
-    with real_vllm(folder, checkpoint, *options) as url:
-        yield url
+    with stock_vllm(checkpoint, folder, *options) as root:
+        yield f"{root}/v1"
 
 
 @pytest.fixture(scope="module")
