@@ -1,5 +1,5 @@
-"""A server of `vllm serve`'s API: it answers as vLLM 0.32 does (shapes and refusals read from its source) with the float64
-log-softmaxes of whatever model a test gives it. vLLM's own is started by benchmarks/processes.py."""
+"""A server of `vllm serve`'s API: it answers as vLLM 0.32 does (shapes and refusals read from its source) with the
+float64 log-softmaxes of whatever model a test gives it. vLLM's own is started by benchmarks/processes.py."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,36 +18,48 @@ import torch
 from serving import Server, ask_http, request_of, serving
 from tinymodels import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from writing import (
+    ANY,
+    DEATH,
+    HANG,
+    LONGEST,
+    POISON,
+    VOCABULARY,
+    WIDTH,
+    a_checkpoint,
+    a_fake_server,
+    a_torch_server,
+    ask,
+    choices,
+    error_of,
+    idle,
+    some_ids,
+    texts,
+    until,
+)
 
 from teacher_api.types import Scores
 from teacher_server.backends.model_thread import ModelThread
-from teacher_server.config import ServerConfig
-from teacher_server.openai_models import NEUTRAL, OF_WRITING
 from teacher_server.openai_text import Texts
 from teacher_server.openai_writing import GrowingText
 
-VOCABULARY, WIDTH, LONGEST = 120, 128, 96
-HANG, POISON, DEATH = 12, 13, 14  # none of which the self-check at the start has
-ANY = 1e-9  # high_water: /readyz says no while anything at all is in work
 TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("writes") / "tiny", tokenizer_size=VOCABULARY, logit_width=WIDTH)
+    return a_checkpoint(tmp_path_factory.mktemp("writes") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def server(directory: Path) -> Iterator[Server]:
-    settings = {"max_sequence_tokens": LONGEST, "max_generated_tokens": 80, "max_completions": 4096}
-    with serving(backend="torch", model=str(directory), threads=1, generate=True, **settings) as running:
+    with a_torch_server(directory) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def fake() -> Iterator[Server]:
-    faults = {"fake_hang_token": HANG, "fake_poison_token": POISON, "fake_death_token": DEATH, "fake_restart_s": 0.2}
-    with serving(generate=True, max_completions=8192, high_water=ANY, **faults) as running:
+    with a_fake_server() as running:
         yield running
 
 
@@ -75,40 +86,6 @@ def greedy(network: Any, ids: list[int], num_tokens: int) -> list[int]:
     settings = {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": None, "suppress_tokens": padding}
     whole = network.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **settings)
     return whole[0, len(ids) :].tolist()
-
-
-def ask(server: Server, **body: Any) -> Any:
-    return server.http.post(f"{server.http_url}/v1/completions", json=body)
-
-
-def choices(server: Server, **body: Any) -> list[dict[str, Any]]:
-    answer = ask(server, **{"return_token_ids": True, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"]
-
-
-def texts(server: Server, **body: Any) -> list[list[int]]:
-    """The ids of each completion."""
-    return [one["token_ids"] for one in choices(server, **body)]
-
-
-def error_of(answer: Any, status: int) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    return answer.json()["error"]
-
-
-def some_ids(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(20, VOCABULARY, length).tolist()
-
-
-def until(condition: Callable[[], bool], complaint: str, limit_s: float = 30) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, complaint
-
-
-def idle(server: Server) -> bool:
-    return server.http.get(f"{server.http_url}/readyz").status_code == 200
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
@@ -443,108 +420,3 @@ def test_an_engine_that_fails_fails_its_request_and_no_other(fake: Server):
     assert error_of(answer, 503)["type"] == "ServiceUnavailableError"
     assert answer.headers["retry-after"] == "1"
     until(lambda: ask(fake, prompt=[20, 21], max_tokens=3).status_code == 200, "the engine did not come back")
-
-
-# --- what is refused ------------------------------------------------------------------------------------------------
-
-
-def test_a_server_that_only_scores_names_the_option():
-    with serving() as running:
-        body = {"prompt": [5, 6], "max_tokens": 1}
-        changes = {
-            "max_tokens": 2,
-            "n": 2,
-            "stop": ["x"],
-            "stop_token_ids": [5],
-            "top_p": 0.9,
-            "top_k": 5,
-            "min_p": 0.1,
-        }
-        for name, value in changes.items():
-            told = error_of(ask(running, **{**body, name: value}), 400)
-            assert told["param"] == name
-            assert "--generate" in told["message"]
-        assert "--generate" in error_of(ask(running, prompt=[5, 6]), 400)["message"]
-        assert "generate" not in running.info().features
-        assert "--generate" not in error_of(ask(running, **body, stream=True), 400)["message"]
-
-
-def test_a_server_that_writes_says_so(fake: Server):
-    assert "generate" in fake.info().features
-    (card,) = fake.http.get(f"{fake.http_url}/v1/models").json()["data"]
-    assert card["permission"][0]["allow_sampling"] is True
-    described = fake.http.get(f"{fake.http_url}/openapi.json").json()
-    assert "stop_token_ids" in described["components"]["schemas"]["GenerationRequest"]["properties"]
-
-
-@pytest.mark.parametrize("name", sorted(set(NEUTRAL) - set(OF_WRITING)))
-def test_what_cannot_be_honoured_is_still_refused_by_name(fake: Server, name: str):
-    body = {"prompt": [5, 6], "max_tokens": 2}
-    for value in (*NEUTRAL[name], None):
-        assert ask(fake, **body, **{name: value}).status_code == 200, value
-    value = True if name in ("stream", "use_beam_search") else {"some": "thing"}
-    told = error_of(ask(fake, **body, **{name: value}), 400)
-    assert (told["param"], told["type"]) == (name, "BadRequestError")
-
-
-@pytest.mark.parametrize(
-    ("change", "param", "status"),
-    [
-        ({"max_tokens": 81}, "max_tokens", 413),
-        ({"max_tokens": -1}, "max_tokens", 400),
-        ({"max_tokens": "5"}, "max_tokens", 400),
-        ({"prompt": [5] * (LONGEST - 7), "max_tokens": 8}, "prompt", 400),
-        ({"prompt": [[5], [5] * 90], "max_tokens": 8}, "prompt[1]", 400),
-        ({"prompt": [5, VOCABULARY]}, "prompt[0][1]", 400),
-        ({"prompt": [5, -1]}, "prompt[0][1]", 400),
-        ({"temperature": -0.1}, "temperature", 400),
-        ({"temperature": 0.001}, "temperature", 400),
-        ({"temperature": 1e4}, "temperature", 400),
-        ({"top_p": 0}, "top_p", 400),
-        ({"top_p": 1.1}, "top_p", 400),
-        ({"top_k": -2}, "top_k", 400),
-        ({"top_k": 1.5}, "top_k", 400),
-        ({"min_p": -0.1}, "min_p", 400),
-        ({"min_p": 1.5}, "min_p", 400),
-        ({"seed": 1 << 63}, "seed", 400),
-        ({"n": 0}, "n", 400),
-        ({"n": 4097}, "n", 413),
-        ({"n": 2, "max_tokens": 0}, "n", 400),
-        ({"stop": [""]}, "stop", 400),
-        ({"stop": [5]}, "stop", 400),
-        ({"stop": ["x"] * 65}, "stop", 413),
-        ({"stop_token_ids": [VOCABULARY]}, "stop_token_ids", 400),
-        ({"stop_token_ids": [-1]}, "stop_token_ids", 400),
-        ({"stop_token_ids": list(range(65))}, "stop_token_ids", 413),
-        ({"logprobs": 121}, "logprobs", 400),
-        ({"stream": True}, "stream", 400),
-        ({"min_tokens": 2}, "min_tokens", 400),
-    ],
-)
-def test_a_wrong_request_is_refused_by_name(server: Server, change: dict[str, Any], param: str, status: int):
-    told = error_of(ask(server, **{"prompt": [25, 26], "max_tokens": 4, **change}), status)
-    assert told["param"] == param
-    assert told["message"]
-
-
-def test_null_stands_for_the_default(server: Server):
-    names = ("temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "stop_token_ids", "max_tokens", "echo")
-    assert len(choices(server, prompt=[25, 26], ignore_eos=True, **dict.fromkeys(names))[0]["token_ids"]) == 16
-
-
-def test_a_stop_string_needs_a_tokenizer(fake: Server):
-    told = error_of(ask(fake, prompt=[25, 26], stop=["x"]), 400)
-    assert told["param"] == "stop"
-    assert "stop_token_ids" in told["message"]
-
-
-def test_options_that_contradict_each_other_are_refused(directory: Path):
-    for settings, name in (
-        ({"max_generations": 2}, "max_generations"),
-        ({"max_generated_tokens": 2}, "max_generated_tokens"),
-        ({"generate": True, "control": "random"}, "control"),
-        ({"generate": True, "reference": True, "backend": "torch"}, "reference"),
-        ({"generate": True, "backend": "torch", "generate_vllm": {"a": 1}}, "generate_vllm"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            ServerConfig.model_validate({"model": "fake", "backend": "fake", **settings})
