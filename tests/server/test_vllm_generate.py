@@ -238,7 +238,7 @@ def test_an_argument_that_the_second_engine_must_have_otherwise_is_named(checkpo
     generator = VllmGenerator(facts, max_texts=4, on_cpu=True)
     for name, value in (("runner", "pooling"), ("enable_chunked_prefill", True), ("max_model_len", 5)):
         with pytest.raises(ValueError, match=name):
-            generator.start({}, {}, {name: value}, {})
+            generator.start({}, {}, {name: value}, {}, timeout_s=20)
     generator.close()
 
 
