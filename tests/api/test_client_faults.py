@@ -16,6 +16,7 @@ from teacher_api.client import AsyncTeacherClient, TeacherClient
 from teacher_api.types import ScoreRequest
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("quick_retries"),
     pytest.mark.filterwarnings("ignore::ResourceWarning:uvicorn.*"),
 ]

@@ -15,6 +15,7 @@ from teacher_api import asking, errors
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("quick_retries"),
     pytest.mark.filterwarnings("ignore::ResourceWarning:uvicorn.*"),
 ]

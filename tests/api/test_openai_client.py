@@ -20,6 +20,7 @@ from teacher_api.openai_info import OpenAIOptions, differences, place_of
 from teacher_api.types import LOGPROB_FLOOR, CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("quick_retries"),
     pytest.mark.filterwarnings("ignore::ResourceWarning:uvicorn.*"),
 ]

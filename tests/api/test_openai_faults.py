@@ -12,6 +12,7 @@ from stock_vllm import Cut, Refusal, refusal
 from teacher_api import errors
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("quick_retries"),
     pytest.mark.filterwarnings("ignore::ResourceWarning:uvicorn.*"),
 ]

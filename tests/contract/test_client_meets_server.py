@@ -21,6 +21,8 @@ from teacher_api.errors import (
 )
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest, Scores
 
+pytestmark = pytest.mark.slow
+
 KEY = "a-key-for-this-test"
 POISON = 401
 

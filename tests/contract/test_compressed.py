@@ -17,6 +17,8 @@ from teacher_api.errors import InvalidRequest
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest, Scores
 from teacher_api.v1 import teacher_pb2 as pb
 
+pytestmark = pytest.mark.slow
+
 zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 LIMIT = 1 << 16
 

@@ -18,6 +18,8 @@ from tinymodels import save_tiny
 from teacher_api.types import Candidates, Completion, ScoreOptions, ScoreRequest, Scores, scored_positions
 from teacher_server.backends.base import ScoreJob
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 120
 ARRAYS = [field.name for field in dataclasses.fields(Scores) if field.name not in ("id", "fingerprint")]
 BINARY = {"grpc": ask_grpc, "http": ask_http, "grpc-stream": ask_grpc_stream, "http-stream": ask_http_stream}

@@ -19,6 +19,8 @@ from teacher_api.types import Completion, ScoreOptions, ScoreRequest, Scores
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server.stream import StreamSession
 
+pytestmark = pytest.mark.slow
+
 SEQUENCES, TOKENS, WINDOW = 1000, 101, 8
 VOCABULARY = 512
 OPTIONS = ScoreOptions(top_k="all")

@@ -25,6 +25,8 @@ from teacher_api.generated_file import read_prompts
 from teacher_api.generation import Sampling, answer_of
 from teacher_api.types import Scores
 
+pytestmark = pytest.mark.slow
+
 SIZE = 120
 
 

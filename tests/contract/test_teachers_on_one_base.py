@@ -30,6 +30,8 @@ from teacher_api.errors import CorruptResponse, FingerprintMismatch, NotFound
 from teacher_api.types import ScoreRequest, Scores
 from teacher_api.v1 import teacher_pb2 as pb
 
+pytestmark = pytest.mark.slow
+
 BINARY = {"grpc": ask_grpc, "http": ask_http, "grpc-stream": ask_grpc_stream, "http-stream": ask_http_stream}
 ADAPTERS = {"math": "one", "code": "two", "sums": "one"}  # two names of one adapter
 SEQUENCE = [5, 6, 7, 8, 9]

@@ -23,6 +23,8 @@ from examples.interop.environment import ROOT, VENV, InteropError
 from examples.interop.harness import evaluate
 from examples.interop.servers import model_of, server
 
+pytestmark = pytest.mark.slow
+
 installed = pytest.mark.skipif(not (VENV / "bin" / "lm_eval").exists(), reason="`make interop` installs the programs")
 
 NUM_QUESTIONS = 12

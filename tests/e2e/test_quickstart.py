@@ -20,6 +20,8 @@ from examples.quickstart.prepare import PROMPT_STREAM, STUDENT_STREAM, TEACHER_S
 from examples.quickstart.settings import FAST, FULL, cache_key
 from examples.quickstart.tokenizer import make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SUMMARY = {"teacher_accuracy", "student_before", "student_after", "recovered", "seconds", "seed"}
 

@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import grpc
 import numpy as np
+import pytest
 from serving import Server, ask_grpc, ask_http, post, request_of, serving
 
 from teacher_api.types import Scores
+
+pytestmark = pytest.mark.slow
 
 DEATH = 404
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # of grpc.health.v1.HealthCheckResponse

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from serving import Server, serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:

@@ -37,6 +37,8 @@ from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.fake import FakeBackend
 
+pytestmark = pytest.mark.slow
+
 
 def ready(server: Server) -> bool:
     return server.http.get(f"{server.http_url}/readyz").status_code == 200

@@ -19,6 +19,8 @@ from teacher_api.client import TeacherClient
 from teacher_api.errors import Overloaded
 from teacher_api.types import Scores
 
+pytestmark = pytest.mark.slow
+
 BOUND, PART, LARGE = 100_000, 60_000, 50_000  # PART and LARGE do not fit together, each alone does
 
 

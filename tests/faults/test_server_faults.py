@@ -35,6 +35,8 @@ from teacher_api.types import Completion, ScoreOptions, ScoreRequest, Scores
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server import json_models
 
+pytestmark = pytest.mark.slow
+
 POISON, NAN, SHORT = 401, 402, 403
 
 

@@ -20,6 +20,8 @@ from teacher_api import wire
 from teacher_api.types import Scores
 from teacher_api.v1 import teacher_pb2 as pb
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, TOKENS = 4096, 1024
 LARGE = request_of(np.ones(TOKENS, np.int32), top_k="all")
 LARGE_BYTES = (TOKENS - 1) * VOCABULARY * 4  # 16 MiB: far more than the buffers on the way

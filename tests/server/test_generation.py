@@ -43,6 +43,8 @@ from teacher_server.backends.model_thread import ModelThread
 from teacher_server.openai_text import Texts
 from teacher_server.openai_writing import GrowingText
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 2e-5
 
 

@@ -26,6 +26,8 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
+pytestmark = pytest.mark.slow
+
 SIZE = 320  # of the vocabulary: all bytes, so that single tokens end within a character
 IDS = [[5, 6, 7, 300, 41, 9], [200, 201, 202, 203], [17]]
 TEXTS = ["the quick fox", "é → 狐 🦊 jumps"]

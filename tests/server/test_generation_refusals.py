@@ -13,6 +13,8 @@ from writing import LONGEST, VOCABULARY, a_checkpoint, a_fake_server, a_torch_se
 from teacher_server.config import ServerConfig
 from teacher_server.openai_models import NEUTRAL, OF_WRITING
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -36,6 +36,8 @@ from teacher_server.config import ServerConfig
 from teacher_server.head_share import as_client_has_it, check_head, write_head
 from teacher_server.identity import teacher_infos
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 # Heads with a bias, a divisor and a factor; tied and untied ones, and a soft cap, are among ARCHITECTURES.
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -28,6 +28,8 @@ from teacher_server.app import StartError
 from teacher_server.backends.fake import FakeBackend
 from teacher_server.lifecycle import Lifecycle
 
+pytestmark = pytest.mark.slow
+
 PROTOBUF = {"content-type": "application/x-protobuf"}
 START_S = 90.0  # a loaded machine imports slowly
 CPU_TO_LIVE_S = 1.5

@@ -35,6 +35,8 @@ from teacher_server.backends.fake import FakeBackend
 from teacher_server.config import ServerConfig
 from teacher_server.counts import Counts
 
+pytestmark = pytest.mark.slow
+
 NAN, DEATH, KEY = 401, 402, "a-key-for-this-test"
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

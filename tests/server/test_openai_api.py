@@ -27,6 +27,8 @@ from teacher_server.openai_answer import PIECE_CHARS, Answer, Scored
 from teacher_server.openai_models import NEUTRAL, request_from_json
 from teacher_server.openai_text import Texts
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, LONGEST = 120, 64
 HANG, POISON = 8, 9  # not among the self-check's, which are 0 to 7
 ANY = 1e-9  # high_water: /readyz says no while anything at all is in work

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from teacher_server.openai_models import NEUTRAL, CompletionRequest
 
+pytestmark = pytest.mark.slow
+
 SIZE = 320  # of the vocabulary: all bytes, so that single tokens end within a character
 IDS = [[5, 6, 7, 300, 41, 9], [200, 201, 202, 203], [17]]
 TEXTS = ["the quick fox", "é → 狐 🦊 jumps"]

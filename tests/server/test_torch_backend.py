@@ -20,6 +20,8 @@ from torch_jobs import TOLERANCE, WIDTH, check, job, reference, scored, spy_on_t
 from teacher_api.types import Candidates, Scores
 from teacher_server.backends.base import ScoreJob
 
+pytestmark = pytest.mark.slow
+
 
 def mixed_jobs(size: int, lengths: Sequence[int], temperature: float) -> list[ScoreJob]:
     """Every length with every kind of top-k, half with candidates, some with holes in their positions."""

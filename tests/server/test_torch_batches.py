@@ -16,6 +16,8 @@ from teacher_api.errors import BackendFailed, InvalidBackendOutput, InvalidReque
 from teacher_api.types import Candidates, Scores
 from teacher_server.backends.base import ScoreJob
 
+pytestmark = pytest.mark.slow
+
 
 def test_batches_respect_the_budget(checkpoint: Any, opened: Any) -> None:
     backend = opened(checkpoint("llama"), batch_tokens=100, batch_sequences=5)

@@ -16,7 +16,7 @@ from torch_jobs import WIDTH
 from teacher_server.backends.base import FEATURES
 from teacher_server.backends.torch_backend import TorchBackend
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
 
 def test_facts_and_features(checkpoint: Any, opened: Any) -> None:

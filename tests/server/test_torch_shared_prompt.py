@@ -19,6 +19,8 @@ from teacher_api.types import Candidates, ScoreOptions, Scores
 from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.shared_prompt import CACHED_TOKEN_WEIGHT, MIN_SAVED_TOKENS
 
+pytestmark = pytest.mark.slow
+
 SIZE = 120
 SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     **{arch: (arch, {}) for arch in ("qwen3", "qwen2", "llama", "gemma2", "gpt2", "mixtral")},

@@ -11,6 +11,8 @@ from tinymodels import save_tiny, tiny_model, tiny_tokenizer
 
 from student_trainer import eval_cli
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = ["fox", "dog 1", "lazy 2", "the quick", "brown 3 + 4"]
 
 

@@ -21,6 +21,8 @@ from student_trainer.student import Student, _prepare
 from student_trainer.types import Prompt
 from teacher_api import causal_lm
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 VOCABULARY = 2000
 

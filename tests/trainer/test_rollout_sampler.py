@@ -21,7 +21,7 @@ from student_trainer.types import Prompt, Rollout
 VOCABULARY = 120  # of models 128 wide
 EOS = 1
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*causal_conv1d.*", "ignore:.*mamba_ssm.*")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*causal_conv1d.*", "ignore:.*mamba_ssm.*")]
 
 
 def make_prompts(count: int, *, longest: int = 20, shortest: int = 1, seed: int = 0) -> list[Prompt]:

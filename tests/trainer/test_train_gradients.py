@@ -26,6 +26,8 @@ from student_trainer.train import accumulate, learn
 from student_trainer.types import Prompt, Rollout, ScoredRollout
 from teacher_api.types import Scores
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 V, W = 120, 128
 ALONE = Distributed(0, 1, 0, CPU)

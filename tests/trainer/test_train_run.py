@@ -23,6 +23,8 @@ from student_trainer.tracking import Tracker
 # Runs in this process leave gRPC's threads behind; its handlers must not run when a later test starts processes.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from student_trainer import cli
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning:uvicorn.*")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning:uvicorn.*")]
 ASKED = ["teacher.top_k=8", "loss.support=teacher"]
 
 
