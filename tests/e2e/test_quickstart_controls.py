@@ -26,9 +26,9 @@ DISTIL = {
     "rollout.max_new_tokens": "10",
     "optim.name": "muon",
     "optim.learning_rate": "1e-3",
-    "train.steps": "80",
+    "train.steps": "160",
     "train.batch_size": "64",
-    "eval.every": "80",
+    "eval.every": "160",
     "eval.num_prompts": "200",
     "tracking.trackers": "[]",
     "checkpoint.save_every": "0",
@@ -62,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = pretrain.train(recipe, tokenizer, examples, _problems(200, 3, held_out=True), seed=seed)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    _write(folder / "prompts.jsonl", _problems(5_200, 4, held_out=False))
+    _write(folder / "prompts.jsonl", _problems(10_400, 4, held_out=False))
     _write(folder / "held_out.jsonl", _problems(200, 5, held_out=True))
     return folder
 
