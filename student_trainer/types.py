@@ -21,8 +21,9 @@ class Prompt:
     index: int  # its place in the data source
     token_ids: IntArray  # [P]
     text: str = ""
-    answer: str | None = None  # reference answer where the data has one; used by evaluation only
+    answer: str | None = None  # reference answer where the data has one; for evaluation and fixed data
     extra: dict[str, Any] = field(default_factory=dict)
+    domain: str = ""  # name of the source in data.domains that it comes from; empty where there is one source
 
 
 @dataclass(frozen=True, slots=True)
