@@ -30,7 +30,7 @@ class Prompt:
 class Rollout:
     """One completion the student sampled. Three policies must not be confused (docs/losses.md): `behaviour_logprob`
     is log b(y) of the policy that sampled (after temperature, top-p, top-k); `full_logprob` is log q_old(y) of the
-    same weights at T = 1, untruncated."""
+    same weights at T = 1, untruncated. Both are NaN where nobody sampled: in a completion of fixed data."""
 
     uid: int  # global sample number of the run: (step * batch_size + prompt row) * group_size + member
     prompt: Prompt
@@ -39,6 +39,7 @@ class Rollout:
     behaviour_logprob: FloatArray  # [N]
     full_logprob: FloatArray  # [N]
     student_topk_ids: IntArray | None = None  # [N, K]: ids the student found likely at sampling time, best first
+    source: Literal["on_policy", "fixed"] = "on_policy"  # fixed: the completion was read from data, nobody sampled it
 
     @property
     def num_tokens(self) -> int:
