@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from student_trainer.config import TeacherConfig
 from student_trainer.scoring import HandshakeError
+from student_trainer.teachers.config import TeacherConfig
 
 LOCAL_TEACHER = "PRECEPTOR_LOCAL_TEACHER"
 """Environment variable by which ranks learn the URL of the teacher that their launcher serves. Not an option: their

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from student_trainer.config import TeacherConfig
 from student_trainer.losses.base import Needs
+from student_trainer.teachers.config import TeacherConfig
 from student_trainer.types import Rollout, ScoredRollout
 from teacher_api.client import TeacherClient
 from teacher_api.errors import DeadlineExceeded, FingerprintMismatch, TeacherError, Unsupported

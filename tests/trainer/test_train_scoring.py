@@ -12,11 +12,11 @@ import pytest
 from serving import serving
 
 from student_trainer import guards, scoring
-from student_trainer.config import TeacherConfig
 from student_trainer.distributed import Distributed
 from student_trainer.losses import build
 from student_trainer.losses.base import Needs
 from student_trainer.losses.config import parse_loss
+from student_trainer.teachers.config import TeacherConfig
 from student_trainer.types import Prompt, Rollout
 from teacher_api import compression
 from teacher_api.client import TeacherClient
