@@ -36,7 +36,7 @@ class SampleRow:
     completion: str
     tokens: int
     finish: str
-    divergence_nats: float  # mean per token
+    divergence_nats: float  # mean per token; NaN where it isn't defined
 
 
 class Console:

@@ -3,6 +3,7 @@ measured."""
 
 from __future__ import annotations
 
+from student_trainer import metrics
 from student_trainer.measure import measure
 from student_trainer.run import Run, make_sampler
 from student_trainer.student import activation_bytes
@@ -61,7 +62,7 @@ def try_once(run: Run) -> str:
             run.prompts.batch(0, 1, run.config.train.seed), [0], keep_top_k=run.needs.student_top_k
         )
     scored = run.scorer.score(rollouts)[0]
-    mean = float((scored.rollout.full_logprob - scored.scores.token_logprob).mean())
+    mean = metrics.mean_delta(scored)
     return f"scored one sequence of {scored.rollout.num_tokens} tokens: mean log q − log p = {mean:.3f} nats"
 
 

@@ -54,8 +54,7 @@ def learn(run: Run, scored: list[ScoredRollout]) -> Metrics:
     counted_tokens, local, trouble = accumulate(run, scored)
     run.dist.sum_gradients(run.student.model.parameters())
     totals = run.dist.sum_metrics(local)
-    learned = {name: value / max(counted_tokens, 1.0) for name, value in totals.items() if name != "loss"}
-    learned["loss"] = totals.get("loss", 0.0)
+    learned = {**metrics.means(totals, counted_tokens), "loss": totals.get("loss", 0.0)}
     learned["learning_rate"] = run.optimizer.learning_rate(run.step)
     learned["grad_norm"] = run.optimizer.grad_norm()
     if not counted_tokens:

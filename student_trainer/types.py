@@ -13,6 +13,9 @@ import numpy.typing as npt
 
 from teacher_api.types import FloatArray, IntArray, Scores
 
+Metrics = dict[str, float]
+BoolArray = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -30,7 +33,10 @@ class Prompt:
 class Rollout:
     """One completion the student sampled. Three policies must not be confused (docs/losses.md): `behaviour_logprob`
     is log b(y) of the policy that sampled (after temperature, top-p, top-k); `full_logprob` is log q_old(y) of the
-    same weights at T = 1, untruncated. Both are NaN where nobody sampled: in a completion of fixed data."""
+    same weights at T = 1, untruncated. Both are NaN where nobody sampled: in fixed data and in prompts.
+
+    With `loss.on_prompt` a sample is cut after its first token: `prompt` holds that one alone, and `token_ids` all that
+    follow, the rest of the prompt included. Whatever reads a rollout aligns as ever."""
 
     uid: int  # global sample number of the run: (step * batch_size + prompt row) * group_size + member
     prompt: Prompt
@@ -40,10 +46,26 @@ class Rollout:
     full_logprob: FloatArray  # [N]
     student_topk_ids: IntArray | None = None  # [N, K]: ids the student found likely at sampling time, best first
     source: Literal["on_policy", "fixed"] = "on_policy"  # fixed: the completion was read from data, nobody sampled it
+    scored_prompt_tokens: int = 0  # so many leading tokens of `token_ids` are the prompt's (loss.on_prompt)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that are scored and trained on."""
         return len(self.token_ids)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - self.scored_prompt_tokens
+
+    @property
+    def prompt_ids(self) -> IntArray:
+        """The whole prompt, however it is cut."""
+        return np.concatenate([self.prompt.token_ids, self.token_ids[: self.scored_prompt_tokens]])
+
+    @property
+    def sampled(self) -> BoolArray:
+        """bool [N]: the student sampled this token, so that b and q_old are defined."""
+        return np.arange(self.num_tokens) >= (self.scored_prompt_tokens if self.source == "on_policy" else np.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +83,3 @@ class ScoredRollout:
                 f"scores of sample {self.rollout.uid} cover positions {self.scores.positions[:3]}… "
                 f"({self.scores.num_rows} rows); expected {start}…{start + self.rollout.num_tokens - 1}"
             )
-
-
-Metrics = dict[str, float]
-BoolArray = npt.NDArray[np.bool_]

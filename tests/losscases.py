@@ -115,4 +115,5 @@ def loss_inputs(
         z = student_logits.detach()
         z = z if z.dtype == torch.float64 else z.float()
         old_logprob = torch.log_softmax(z, -1).gather(1, target[:, None]).squeeze(1)
-    return LossInputs(student_logits, target, teacher, old_logprob, old_logprob, advantage)
+    yes = torch.ones(len(target), dtype=torch.bool)
+    return LossInputs(student_logits, target, teacher, old_logprob, old_logprob, yes, ~yes, advantage)

@@ -56,8 +56,10 @@ class LossRows:
 
     target: Tensor  # int64 [N]: y, the actual next token
     teacher: TeacherRows
-    old_logprob: Tensor  # float32 [N]: log q_old(y), T = 1, untruncated
-    behaviour_logprob: Tensor  # float32 [N]: log b(y)
+    old_logprob: Tensor  # float32 [N]: log q_old(y), T = 1, untruncated; NaN where nobody sampled y
+    behaviour_logprob: Tensor  # float32 [N]: log b(y); NaN where nobody sampled y
+    sampled: Tensor  # bool [N]: the student sampled y; False in fixed data and in prompts
+    fixed: Tensor  # bool [N]: of a sample of fixed data, which cross-entropy applies to
     advantage: Tensor | None = None  # float32 [N]: policy_gradient's A_t, computed over whole completions
 
     @property
@@ -73,6 +75,8 @@ class LossRows:
             teacher=self.teacher.take(index, device),
             old_logprob=_take_one(self.old_logprob, index, device),
             behaviour_logprob=_take_one(self.behaviour_logprob, index, device),
+            sampled=_take_one(self.sampled, index, device),
+            fixed=_take_one(self.fixed, index, device),
             advantage=_take(self.advantage, index, device),
         )
 
@@ -84,17 +88,21 @@ class LossInputs:
     student_logits: Tensor  # float32 [N, W], with gradient
     target: Tensor  # int64 [N]: y, the actual next token
     teacher: TeacherRows
-    old_logprob: Tensor  # float32 [N]: log q_old(y), T = 1, untruncated
-    behaviour_logprob: Tensor  # float32 [N]: log b(y)
+    old_logprob: Tensor  # float32 [N]: log q_old(y), T = 1, untruncated; NaN where nobody sampled y
+    behaviour_logprob: Tensor  # float32 [N]: log b(y); NaN where nobody sampled y
+    sampled: Tensor  # bool [N]: the student sampled y; False in fixed data and in prompts
+    fixed: Tensor  # bool [N]: of a sample of fixed data, which cross-entropy applies to
     advantage: Tensor | None = None  # float32 [N]: policy_gradient's A_t, computed over whole completions
 
 
 @dataclass(frozen=True, slots=True)
 class PerToken:
-    """An objective's value at each position, with gradient, and detached per-token metrics (each [N])."""
+    """An objective's value at each position, with gradient, and detached per-token metrics (each [N]). A metric that
+    some positions don't have comes as `partly_defined`."""
 
     value: Tensor  # float32 [N]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    token_logprob: Tensor | None = None  # float32 [N]: log q_now(y), T = 1, detached
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +139,20 @@ class Objective(ABC, Generic[ConfigT]):
 
 
 AnyObjective = Objective[Any]
+
+
+ROWS_OF = "rows_of_"
+"""Prefix of the metric that counts the positions another one is defined at."""
+
+
+def partly_defined(name: str, value_N: Tensor, defined_N: Tensor) -> dict[str, Tensor]:
+    """A metric that only some positions have: 0 at the others, beside the count that its sum is to be divided by."""
+    return {name: value_N.where(defined_N, 0.0), ROWS_OF + name: defined_N.to(value_N.dtype)}
+
+
+def rollout_gap(inputs: LossInputs, logprob_N: Tensor) -> dict[str, Tensor]:
+    """|log q_old(y) − log q_now(y)| where y was sampled, from log q_now(y) at T = 1."""
+    return partly_defined("rollout_gap", (inputs.old_logprob - logprob_N).abs(), inputs.sampled)
 
 
 def as_float(logits: Tensor) -> Tensor:

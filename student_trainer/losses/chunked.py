@@ -20,6 +20,7 @@ def backward(
     rows: LossRows,
     weights_N: Tensor,
     chunk_rows: int,
+    out_logprob_N: Tensor | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Adds the gradient of L = Σ_n w_n D_n to every parameter behind `hidden_NH` and `head`.
 
@@ -34,6 +35,7 @@ def backward(
         rows: row n belongs to hidden row n.
         weights_N: already divided by global counts (normalise.token_weights), on any device.
         chunk_rows: at most so many rows of logits at once; >= 1.
+        out_logprob_N: float32, takes log q_now(y) (T = 1) of the rows of non-zero weight, where the objective gives it.
 
     Returns:
         L, and for each metric its plain sum over the rows of non-zero weight: divide by the global token count. Besides
@@ -63,6 +65,8 @@ def backward(
         loss.backward()  # type: ignore[no-untyped-call]
         if hidden.grad is not None:
             grad_NH.index_copy_(0, index, hidden.grad)
+        if out_logprob_N is not None and result.token_logprob is not None:
+            out_logprob_N.index_copy_(0, index.to(out_logprob_N.device), result.token_logprob.to(out_logprob_N))
         value = result.value.detach()
         per_row = {**result.metrics, "nonfinite": ~value.isfinite()}
         for name, metric in per_row.items():

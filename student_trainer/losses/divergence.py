@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from student_trainer.losses.base import LossInputs, Needs, Objective, PerToken, TeacherRows
+from student_trainer.losses.base import LossInputs, Needs, Objective, PerToken, TeacherRows, rollout_gap
 from student_trainer.losses.config import DivergenceConfig
 from student_trainer.losses.student_side import REMOVED, StudentRows, student_rows
 from teacher_api.types import LOGPROB_FLOOR
@@ -46,7 +46,7 @@ class Divergence(Objective[ConfigT]):
         compared = outcomes(inputs.teacher, student, self.config.tail)
         with torch.no_grad():
             metrics = comparison_metrics(inputs, student)
-        return PerToken(self.divergence(compared.log_p, compared.log_q), metrics)
+        return PerToken(self.divergence(compared.log_p, compared.log_q), metrics, student.full_logprob)
 
 
 def needs_of_support(config: DivergenceConfig, teacher_top_k: int | Literal["all"]) -> Needs:
@@ -98,7 +98,7 @@ def comparison_metrics(inputs: LossInputs, student: StudentRows) -> dict[str, Te
         "student_mass": -torch.expm1(whole.log_q.detach()[:, -1]),
         "teacher_entropy": _entropy(whole.log_p),
         "student_entropy": _entropy(whole.log_q.detach()),
-        "rollout_gap": (inputs.old_logprob - student.full_logprob).abs(),
+        **rollout_gap(inputs, student.full_logprob),
     }
     if teacher.topk_overlap is not None:
         metrics["topk_overlap"] = teacher.topk_overlap

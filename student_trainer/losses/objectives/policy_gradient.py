@@ -11,7 +11,15 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from student_trainer.losses.base import AllReduceSum, LossInputs, Needs, Objective, PerToken, log_softmax_f32
+from student_trainer.losses.base import (
+    AllReduceSum,
+    LossInputs,
+    Needs,
+    Objective,
+    PerToken,
+    log_softmax_f32,
+    rollout_gap,
+)
 from student_trainer.losses.config import SampledTokenConfig
 from student_trainer.losses.mask import loss_mask
 from student_trainer.losses.registry import register
@@ -83,9 +91,9 @@ class PolicyGradient(Objective[PolicyGradientConfig]):
                 "ratio": ratio.detach(),
                 "clipped": clipped.float(),
                 "student_entropy": -(log_q_NW.exp() * log_q_NW.clamp(min=LOGPROB_FLOOR)).sum(1),
-                "rollout_gap": (inputs.old_logprob - log_q_N).abs(),
+                **rollout_gap(inputs, log_q_N),
             }
-        return PerToken(-gain, metrics)
+        return PerToken(-gain, metrics, log_q_N.detach())
 
 
 def delta(scored: ScoredRollout) -> Float64Array:
