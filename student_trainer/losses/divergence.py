@@ -49,6 +49,16 @@ class Divergence(Objective[ConfigT]):
         return PerToken(self.divergence(compared.log_p, compared.log_q), metrics, student.full_logprob)
 
 
+def forward_kl(log_p_NO: Tensor, log_q_NO: Tensor) -> Tensor:
+    """KL(p‖q) [N] = Σ_o p_o (log p_o − log q_o), in nats."""
+    return (log_p_NO.exp() * (log_p_NO - log_q_NO)).sum(1)
+
+
+def reverse_kl(log_p_NO: Tensor, log_q_NO: Tensor) -> Tensor:
+    """KL(q‖p) [N] = Σ_o q_o (log q_o − log p_o), in nats."""
+    return (log_q_NO.exp() * (log_q_NO - log_p_NO)).sum(1)
+
+
 def needs_of_support(config: DivergenceConfig, teacher_top_k: int | Literal["all"]) -> Needs:
     """Ids from both sides as `config.support` says; the student keeps as many as the teacher gives.
 

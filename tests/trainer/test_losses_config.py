@@ -9,7 +9,7 @@ import pytest
 from student_trainer import losses
 from student_trainer.losses import registry
 from student_trainer.losses.base import Needs, Objective
-from student_trainer.losses.config import CustomConfig, LossConfig, LossField
+from student_trainer.losses.config import CustomConfig, DivergenceConfig, LossConfig, LossField, SampledTokenConfig
 from teacher_api.settings import Section
 
 
@@ -38,17 +38,23 @@ def test_defaults_are_reverse_kl_on_the_union_with_a_bucket():
     ("keys", "message"),
     [
         ({"objective": "reverse_k"}, "unknown objective 'reverse_k'; did you mean 'reverse_kl'"),
-        ({"objective": "zzz"}, "unknown objective 'zzz'; Known: forward_kl"),
+        ({"objective": "zzz"}, "unknown objective 'zzz'; Known: .*forward_kl, .*reverse_kl"),
         ({"objective": 3}, "loss.objective: expected a name, got 3"),
         ({"tial": "none"}, r"loss.tial: unknown key; did you mean loss.tail\?"),
         ({"objective": "policy_gradient", "kl_coeff": 1}, r"loss.kl_coeff: unknown key; did you mean loss.kl_coef\?"),
         ({"kl_discount": 0.9}, "not a key of objective 'reverse_kl' .it belongs to policy_gradient"),
-        ({"objective": "policy_gradient", "support": "union"}, "belongs to forward_kl, reverse_kl"),
+        ({"objective": "policy_gradient", "support": "union"}, "belongs to .*forward_kl, .*reverse_kl"),
         ({"tail": "bukket"}, "loss.tail: .*'bucket', 'renormalise' or 'none', got 'bukket'"),
         ({"student_temperature": 0}, "loss.student_temperature: .*greater than 0, got 0"),
         ({"objective": "policy_gradient", "teacher_temperature": 2}, "loss.teacher_temperature: .*T = 1.*got 2"),
         ({"objective": "policy_gradient", "clip": 1.5}, "loss.clip: .*less than 1, got 1.5"),
         ({"objective": "policy_gradient", "center": "prompt"}, "loss.center: .*got 'prompt'"),
+        ({"objective": "jsd", "beta": 1.1}, "loss.beta: .*less than or equal to 1, got 1.1"),
+        ({"objective": "skewed_forward_kl", "skew_lambda": 1}, "loss.skew_lambda: .*less than 1, got 1"),
+        ({"objective": "adaptive_kl", "adaptive_alpha": 0}, "loss.adaptive_alpha: .*greater than 0, got 0"),
+        ({"objective": "mixed_kl", "mixed_weight": -0.1}, "loss.mixed_weight: .*got -0.1"),
+        ({"objective": "mixed_kl", "beta": 0.1}, r"not a key of objective 'mixed_kl' \(it belongs to jsd\)"),
+        ({"objective": "k3", "support": "union"}, "not a key of objective 'k3'"),
         ({"ignore_token_ids": [3, -1]}, "loss.ignore_token_ids.1: .*got -1"),
         ({"objective": "no_such_module:f"}, "can't import 'no_such_module:f'"),
         ({"objective": "math:no_such"}, "can't import 'math:no_such'"),
@@ -82,7 +88,11 @@ def test_a_function_of_ones_own_is_found_beside_the_user(tmp_path, monkeypatch):
     assert losses.build(config).needs(5) == Needs(5, 0)
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+DIVERGENCES = [n for n in losses.names() if issubclass(registry.get(n).config_class, DivergenceConfig)]
+SAMPLED_TOKEN = [n for n in losses.names() if issubclass(registry.get(n).config_class, SampledTokenConfig)]
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize(
     ("support", "top_k", "wanted"),
     [
@@ -105,8 +115,9 @@ def test_a_support_of_one_token_without_the_bucket_is_refused(tail):
         losses.build(losses.parse_loss({"tail": tail})).needs(0)
 
 
-def test_policy_gradient_asks_for_the_tokens_logprob_alone():
-    objective = losses.build(losses.parse_loss({"objective": "policy_gradient"}))
+@pytest.mark.parametrize("name", SAMPLED_TOKEN)
+def test_objectives_of_the_sampled_token_ask_for_its_logprob_alone(name):
+    objective = losses.build(losses.parse_loss({"objective": name}))
     assert objective.needs(64) == objective.needs("all") == Needs(0, 0)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from student_trainer.losses.config import DivergenceConfig
-from student_trainer.losses.divergence import Divergence
+from student_trainer.losses.divergence import Divergence, forward_kl
 from student_trainer.losses.registry import register
 
 
@@ -23,4 +23,4 @@ class ForwardKL(Divergence[ForwardKLConfig]):
     """
 
     def divergence(self, log_p_NO: Tensor, log_q_NO: Tensor) -> Tensor:
-        return (log_p_NO.exp() * (log_p_NO - log_q_NO)).sum(1)
+        return forward_kl(log_p_NO, log_q_NO)

@@ -10,21 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from student_trainer.losses.base import (
-    AllReduceSum,
-    LossInputs,
-    Needs,
-    Objective,
-    PerToken,
-    log_softmax_f32,
-    rollout_gap,
-)
+from student_trainer.losses.base import AllReduceSum, LossInputs, partly_defined
 from student_trainer.losses.config import SampledTokenConfig
 from student_trainer.losses.mask import loss_mask
 from student_trainer.losses.registry import register
+from student_trainer.losses.sampled_token import SampledToken
 from student_trainer.types import BoolArray, ScoredRollout
-from teacher_api.types import LOGPROB_FLOOR, FloatArray
+from teacher_api.types import FloatArray
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -47,7 +41,7 @@ class PolicyGradientConfig(SampledTokenConfig):
 
 
 @register(PolicyGradientConfig)
-class PolicyGradient(Objective[PolicyGradientConfig]):
+class PolicyGradient(SampledToken[PolicyGradientConfig]):
     """With Δ = log q_old(y) − log p(y), no gradient:
 
     A_t = −kl_coef·Δ_t, then Σ_{j≥0} γ^j A_{t+j}, then centred; D_t = −r_t A_t with r_t = (q_now/q_old)(y_t), or with
@@ -56,44 +50,41 @@ class PolicyGradient(Objective[PolicyGradientConfig]):
     Back-propagating Δ itself would be another thing: its gradient doesn't contain the teacher.
     """
 
-    def needs(self, teacher_top_k: int | Literal["all"]) -> Needs:
-        return Needs(top_k=0, student_top_k=0)
-
     def prepare(self, scored: Sequence[ScoredRollout], all_reduce_sum: AllReduceSum) -> list[FloatArray]:
-        """A_t of every token. Masked tokens earn nothing, neither for themselves nor for the tokens before them."""
-        masks = [loss_mask(s.rollout, self.config) for s in scored]
+        """A_t of every token. Masked tokens earn nothing, neither for themselves nor for the tokens before them. Tokens
+        that nobody sampled have no q_old: their A is 0."""
+        masks = [loss_mask(s.rollout, self.config) & s.rollout.sampled for s in scored]
         advantages = [
-            discounted(-self.config.kl_coef * delta(s) * mask, self.config.kl_discount)
+            discounted(-self.config.kl_coef * np.where(mask, delta(s), 0.0), self.config.kl_discount)
             for s, mask in zip(scored, masks, strict=True)
         ]
         if self.config.center == "batch":
             advantages = center(advantages, masks, [0] * len(scored), all_reduce_sum)
         elif self.config.center == "group":
             advantages = center(advantages, masks, [s.rollout.prompt.index for s in scored], all_reduce_sum)
-        return [a.astype(np.float32) for a in advantages]
+        return [np.where(s.rollout.sampled, a, 0.0).astype(np.float32) for s, a in zip(scored, advantages, strict=True)]
 
-    def per_token(self, inputs: LossInputs) -> PerToken:
+    def of_token(self, inputs: LossInputs, log_q_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if inputs.advantage is None:
             raise ValueError("policy_gradient: no advantages; call prepare() on the whole step's samples first")
-        log_q_NW = log_softmax_f32(inputs.student_logits)
-        log_q_N = log_q_NW.gather(1, inputs.target[:, None]).squeeze(1)
-        ratio = (log_q_N - inputs.old_logprob).exp()
-        gain = ratio * inputs.advantage
-        clipped = torch.zeros_like(ratio, dtype=torch.bool)
+        log_ratio_N = torch.where(inputs.sampled, log_q_N - inputs.old_logprob, 0.0)
+        ratio_N = log_ratio_N.exp()
+        gain_N = ratio_N * inputs.advantage
+        clipped_N = torch.zeros_like(inputs.sampled)
         if self.config.clip is not None:
-            bounded = ratio.clamp(1.0 - self.config.clip, 1.0 + self.config.clip) * inputs.advantage
-            clipped = (bounded < gain).detach()
-            gain = torch.minimum(gain, bounded)
-        with torch.no_grad():
-            metrics = {
-                "delta": inputs.old_logprob - inputs.teacher.token_logprob,
-                "advantage": inputs.advantage,
-                "ratio": ratio.detach(),
-                "clipped": clipped.float(),
-                "student_entropy": -(log_q_NW.exp() * log_q_NW.clamp(min=LOGPROB_FLOOR)).sum(1),
-                **rollout_gap(inputs, log_q_N),
-            }
-        return PerToken(-gain, metrics, log_q_N.detach())
+            bounded_N = ratio_N.clamp(1.0 - self.config.clip, 1.0 + self.config.clip) * inputs.advantage
+            clipped_N = (bounded_N < gain_N).detach()
+            gain_N = torch.minimum(gain_N, bounded_N)
+        own = {
+            "delta": inputs.old_logprob - inputs.teacher.token_logprob,
+            "advantage": inputs.advantage,
+            "ratio": ratio_N.detach(),
+            "clipped": clipped_N.to(ratio_N.dtype),
+        }
+        metrics: dict[str, Tensor] = {}
+        for name, value_N in own.items():
+            metrics |= partly_defined(name, value_N, inputs.sampled)
+        return -gain_N, metrics
 
 
 def delta(scored: ScoredRollout) -> Float64Array:

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from student_trainer.losses.config import DivergenceConfig
-from student_trainer.losses.divergence import Divergence
+from student_trainer.losses.divergence import Divergence, reverse_kl
 from student_trainer.losses.registry import register
 
 
@@ -29,4 +29,4 @@ class ReverseKL(Divergence[ReverseKLConfig]):
     """
 
     def divergence(self, log_p_NO: Tensor, log_q_NO: Tensor) -> Tensor:
-        return (log_q_NO.exp() * (log_q_NO - log_p_NO)).sum(1)
+        return reverse_kl(log_p_NO, log_q_NO)

@@ -1,0 +1,42 @@
+"""What the objectives that look at the actual token alone share: they ask for one logprob a position, and compare T = 1
+distributions.
+
+Shape legend: N positions, W the student's logit width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from student_trainer.losses.base import LossInputs, Needs, Objective, PerToken, log_softmax_f32, rollout_gap
+from student_trainer.losses.config import SampledTokenConfig
+from teacher_api.types import LOGPROB_FLOOR
+
+ConfigT = TypeVar("ConfigT", bound=SampledTokenConfig)
+
+
+class SampledToken(Objective[ConfigT]):
+    """A function of the actual token's logprobs."""
+
+    def needs(self, teacher_top_k: int | Literal["all"]) -> Needs:
+        return Needs(top_k=0, student_top_k=0)
+
+    def per_token(self, inputs: LossInputs) -> PerToken:
+        log_q_NW = log_softmax_f32(inputs.student_logits)
+        log_q_N = log_q_NW.gather(1, inputs.target[:, None]).squeeze(1).clamp(min=LOGPROB_FLOOR)
+        value_N, metrics = self.of_token(inputs, log_q_N)
+        now_N = log_q_N.detach()
+        with torch.no_grad():
+            metrics |= {
+                "student_entropy": -(log_q_NW.exp() * log_q_NW.clamp(min=LOGPROB_FLOOR)).sum(1),
+                **rollout_gap(inputs, now_N),
+            }
+        return PerToken(value_N, metrics, now_N)
+
+    @abstractmethod
+    def of_token(self, inputs: LossInputs, log_q_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Value [N] from log q_now(y), and the objective's own metrics, detached."""
