@@ -18,6 +18,8 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from student_trainer.forms import lora
+from student_trainer.forms.loading import reload
 from student_trainer.optim import Optimizer
 from teacher_api.settings import Section
 
@@ -156,8 +158,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def load_model_weights(path: Path, model: torch.nn.Module) -> None:
     """Copies the checkpoint's weights into `model`, bit for bit; raises CheckpointError where they don't fit."""
-    first = next(model.parameters())
-    saved = type(model).from_pretrained(path, dtype=first.dtype, local_files_only=True)  # type: ignore[attr-defined]
+    if lora.is_adapted(model):
+        try:
+            lora.load_weights(path, model)
+        except (*DISK_ERRORS, ValueError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return
+    saved = reload(model, path)
     source, target = saved.state_dict(), model.state_dict()
     different = sorted(
         name

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from student_trainer.checkpoint import CheckpointConfig
 from student_trainer.data.config import DataConfig
 from student_trainer.evaluate import EvalConfig
+from student_trainer.forms.config import LoraConfig, check_freeze
 from student_trainer.losses.config import LossField, parse_loss
 from student_trainer.optim import OptimConfig
 from student_trainer.rollout.config import RolloutConfig
@@ -35,6 +36,24 @@ class StudentConfig(Section):
     """Recompute activations in the backward pass: about a third more time, far less memory."""
     dropout: bool = False
     """Keep the model's own dropout while training. Off, q_now is the distribution that is sampled from."""
+    model_class: str = ""
+    """package.module:Class to load the model with, for an architecture of your own; empty: what its config.json says.
+    A class with from_pretrained and save_pretrained, and the interface of transformers' causal language models."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters instead of the whole weights, where lora.r is set."""
+    freeze: tuple[str, ...] = ()
+    """Weights that stay as they are: mlp (feed-forward blocks), or regular expressions searched for in the names of
+    parameters. No optimizer state is kept for them."""
+
+    @model_validator(mode="after")
+    def _forms_that_go_together(self) -> StudentConfig:
+        check_freeze(self.freeze, ())
+        if self.lora.r and self.freeze:
+            raise ValueError(
+                f"freeze: got {list(self.freeze)} with lora.r {self.lora.r}, expected none: only adapters are trained; "
+                "lora.exclude_modules says where there are none"
+            )
+        return self
 
 
 class TrainSection(Section):

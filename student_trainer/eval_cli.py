@@ -47,6 +47,8 @@ class EvaluationConfig(Section):
     """Directory in Hugging Face format, or hub id. Required. Remote code is never run."""
     revision: str = ""
     """Hub revision (branch, tag or commit); empty: the default branch."""
+    model_class: str = ""
+    """package.module:Class to load the model with; empty: what its config.json says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass."""
     device: str = "auto"
@@ -123,7 +125,9 @@ def evaluate_model(config: EvaluationConfig) -> EvalResult:
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise ValueError(f"output is {config.output!r}, but its directory is not there; make it first")
     device = distributed.join(config.device, timeout_s=60.0).device
-    settings_of_model = StudentConfig(model=config.model, revision=config.revision, dtype=config.dtype)
+    settings_of_model = StudentConfig(
+        model=config.model, revision=config.revision, model_class=config.model_class, dtype=config.dtype
+    )
     model = student.load(settings_of_model, device)
     prompts = load_prompts(config.data, model.tokenizer).all()
     sampler = TorchSampler(

@@ -133,7 +133,7 @@ class Run:
             checkpoint.save(
                 self.run_dir,
                 self.step,
-                model=self.student.model,
+                model=self.student.as_saved(),
                 tokenizer=self.student.tokenizer,
                 optimizer=self.optimizer,
                 state=state,
@@ -159,9 +159,10 @@ class Run:
             raise
 
     def finish(self) -> None:
-        """The final student, as a directory that plain transformers loads."""
+        """The final student, as a directory that plain transformers loads; its adapters, too, in one beside it."""
         if self.dist.is_main:
-            checkpoint.export(self.run_dir / resume.FINAL, model=self.student.model, tokenizer=self.student.tokenizer)
+            for suffix, model in self.student.exports().items():
+                checkpoint.export(self.run_dir / (resume.FINAL + suffix), model=model, tokenizer=self.student.tokenizer)
         self.dist.barrier()
 
     def close(self) -> None:
@@ -199,7 +200,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
         raise ValueError(
             f"teacher.value_type: got float16, but {config.loss.objective} asks for no top-k values; expected float32"
         )
-    student = students.load(config.student, dist.device)
+    student = students.load(config.student, dist.device, seed=config.train.seed)
     prompts = load_prompts(config.data, student.tokenizer)
     resume.check_same_prompts(start, config, len(prompts), prompts.digest())
     longest = _longest_tokens(config, student, prompts)

@@ -14,21 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from student_trainer.config import StudentConfig
+from student_trainer.forms import lora
+from student_trainer.forms.freeze import freeze
+from student_trainer.forms.loading import LOAD_ERRORS, StudentError, load_pretrained, locate
 from student_trainer.types import Rollout
 from teacher_api import causal_lm
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError)
-"""What transformers raises for files that are missing, cut short, of another shape or of an unknown architecture."""
 VERIFY_TOKENS = 16
 """Length of the sequence on which trunk and head are held against the whole model after loading."""
-
-
-class StudentError(ValueError):
-    """A student that can't be loaded or trained as configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +39,7 @@ class Student:
     pad_token_id: int
     max_tokens: int  # longest sequence its positions allow; 0: no limit stated
     autocast: bool  # bfloat16 arithmetic on float32 weights
+    adapter_dropout: bool = False  # of LoRA, while training
 
     @property
     def vocabulary_size(self) -> int:
@@ -81,32 +78,40 @@ class Student:
         with self.arithmetic():
             return self.parts.head(hidden_NH)  # type: ignore[no-any-return]
 
+    def as_saved(self) -> Any:
+        """What a checkpoint holds of the model: all of it, or its adapters. It has save_pretrained."""
+        return lora.AdapterFiles(self.model) if lora.is_adapted(self.model) else self.model
+
+    def exports(self) -> dict[str, Any]:
+        """What a run leaves in the end, by the end of its directory's name: a model that plain transformers loads, and
+        the adapters it was merged from."""
+        if not lora.is_adapted(self.model):
+            return {"": self.model}
+        return {"": lora.merged(self.model), "-adapter": lora.AdapterFiles(self.model)}
+
     def seed_dropout(self, seed: int, uid: int) -> None:
         """Makes the dropout of the next micro-batch, if there is any, a function of the run's seed and its first
         sample's number."""
-        if self.model.training:
+        if self.model.training or self.adapter_dropout:
             torch.manual_seed(int(np.random.SeedSequence([seed, uid]).generate_state(1, np.uint64)[0] >> 1))
 
 
-def load(config: StudentConfig, device: torch.device) -> Student:
-    """Loads model and tokenizer, checks the cut into trunk and head, and prepares the model for training.
+def load(config: StudentConfig, device: torch.device, *, seed: int = 0) -> Student:
+    """Loads model and tokenizer, gives the model its form, checks the cut into trunk and head, and prepares it for
+    training.
 
+    Args:
+        seed: of what a form adds at random, such as adapters.
     Raises:
-        StudentError: nothing there, damaged, not a causal language model, without some of its weights or a tokenizer.
+        StudentError: nothing there, damaged, not a causal language model, without some of its weights or a tokenizer;
+            or a form that does not fit the model.
     """
     import transformers
 
     with _quiet(transformers):
-        where = _locate(config)
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.float32, output_loading_info=True
-            )
-        except LOAD_ERRORS as error:
-            cause = " ".join(str(error).split())[:300]
-            raise StudentError(f"student.model {config.model!r} can't be loaded: {cause}") from error
-    _refuse_random(config, report)
+        tokenizer = _tokenizer(config)
+        model = load_pretrained("student.model", config.model, config.revision, config.model_class)
+        _form(model, config, seed)
     model.to(device)
     eos = eos_token_ids(model, tokenizer)
     if len(tokenizer) > causal_lm.logit_width(model):
@@ -127,7 +132,32 @@ def load(config: StudentConfig, device: torch.device) -> Student:
         pad_token_id=int(pad if pad is not None else (eos[0] if eos else 0)),
         max_tokens=int(limit or 0),
         autocast=config.dtype == "bfloat16",
+        adapter_dropout=config.lora.dropout > 0,
     )
+
+
+def _tokenizer(config: StudentConfig) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(**locate("student.model", config.model, config.revision))
+    except LOAD_ERRORS as error:
+        if isinstance(error, StudentError):
+            raise
+        cause = " ".join(str(error).split())[:300]
+        raise StudentError(f"student.model {config.model!r} can't be loaded: {cause}") from error
+
+
+def _form(model: Any, config: StudentConfig, seed: int) -> None:
+    """Adapters, or weights that stay as they are."""
+    try:
+        if config.lora.r:
+            path = Path(config.model).expanduser()
+            base = str(path.resolve()) if path.is_dir() else config.model
+            lora.add(model, config.lora, seed=seed, base=base, revision=config.revision)
+        freeze(model, config.freeze, ())
+    except ValueError as error:
+        raise StudentError(str(error)) from error
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -136,7 +166,7 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     Raises:
         StudentError: there is none, so no completion could ever end.
     """
-    listed = getattr(model.generation_config, "eos_token_id", None)
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = list(listed) if isinstance(listed, list | tuple) else [listed]
     found = sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None and 0 <= int(i) < len(tokenizer)})
     if not found:
@@ -170,37 +200,6 @@ def activation_bytes(student: Student, tokens: int, *, gradient_checkpointing: b
     return layers * one_layer
 
 
-def _locate(config: StudentConfig) -> dict[str, Any]:
-    """Arguments of from_pretrained. What looks like a path must be there: a typo is never asked of the hub."""
-    path = Path(config.model).expanduser()
-    looks_like_path = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise StudentError(f"student.model {config.model!r} has no config.json; expected a Hugging Face directory")
-        if config.revision:
-            raise StudentError(
-                f"student.revision: got {config.revision!r} with the directory {config.model!r}, expected none: only a "
-                "model of the hub has revisions"
-            )
-        return {"pretrained_model_name_or_path": str(path), "local_files_only": True, "trust_remote_code": False}
-    if path.exists() or looks_like_path:
-        raise StudentError(f"student.model {config.model!r} is not a directory; expected a checkpoint or a hub id")
-    revision = {"revision": config.revision} if config.revision else {}
-    return {"pretrained_model_name_or_path": config.model, "trust_remote_code": False, **revision}
-
-
-def _refuse_random(config: StudentConfig, report: dict[str, Any]) -> None:
-    """transformers fills in what a checkpoint lacks with random numbers."""
-    for what in ("missing_keys", "mismatched_keys"):
-        names = sorted(map(str, report[what]))
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise StudentError(
-                f"student.model {config.model!r} has {what.replace('_', ' ')}: {', '.join(names[:3])}{more}; the "
-                "student would be partly random"
-            )
-
-
 @torch.no_grad()
 def _verified(model: Any, vocabulary_size: int, device: torch.device) -> causal_lm.Parts:
     model.eval()
@@ -217,8 +216,9 @@ def _prepare(model: Any, config: StudentConfig) -> None:
     """Modes of training. Without dropout the model stays in eval mode, except that gradient checkpointing exists in
     train mode only; there the dropouts themselves are set to zero."""
     if not config.dropout:
+        kept = set(lora.dropouts(model)) if config.lora.dropout else set()
         for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
+            if isinstance(module, torch.nn.Dropout) and module not in kept:
                 module.p = 0.0
             for name in ("attention_dropout", "dropout", "activation_dropout"):
                 if isinstance(getattr(module, name, None), float):
@@ -230,6 +230,8 @@ def _prepare(model: Any, config: StudentConfig) -> None:
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train(config.dropout or config.gradient_checkpointing)
+    if config.lora.dropout:
+        lora.train_dropout(model)
 
 
 @contextlib.contextmanager

@@ -94,9 +94,11 @@ def gradients(run: Any) -> torch.Tensor:
     return torch.cat([p.grad.reshape(-1) for p in run.student.model.parameters()]).double()
 
 
-def reference(checkpoint: Path, samples: list[ScoredRollout], loss: dict[str, Any]) -> tuple[float, torch.Tensor]:
-    """(loss, gradient) in float64 from the textbook expressions."""
-    student = copy.deepcopy(load(StudentConfig(model=str(checkpoint)), CPU).model).double()
+def reference(
+    checkpoint: Path, samples: list[ScoredRollout], loss: dict[str, Any], student: Any = None
+) -> tuple[float, torch.Tensor]:
+    """(loss, gradient) in float64 from the textbook expressions; of `student`, if given, a model in float64."""
+    student = student or copy.deepcopy(load(StudentConfig(model=str(checkpoint)), CPU).model).double()
     weights, total = [], torch.zeros((), dtype=torch.float64)
     lengths = [s.rollout.num_tokens for s in samples]
     for sample in samples:
@@ -122,7 +124,7 @@ def reference(checkpoint: Path, samples: list[ScoredRollout], loss: dict[str, An
         weights.append(1 / sum(lengths) if loss.get("normalise") != "sequence" else 1 / len(value) / len(samples))
         total = total + weights[-1] * value.sum()
     total.backward()
-    return float(total.detach()), torch.cat([p.grad.reshape(-1) for p in student.parameters()])
+    return float(total.detach()), torch.cat([p.grad.reshape(-1) for p in student.parameters() if p.requires_grad])
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
