@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from student_trainer.forms import lora
 from student_trainer.forms.loading import reload
-from student_trainer.optim import Optimizer
+from student_trainer.optim import Optimizer, StateSource
 from teacher_api.settings import Section
 
 FORMAT_VERSION = 1
@@ -57,7 +57,7 @@ def save(
     *,
     model: Saveable,
     tokenizer: Saveable | None,
-    optimizer: Optimizer,
+    optimizer: StateSource,
     state: dict[str, Any],
 ) -> Path:
     """Writes the checkpoint of the weights after `step` updates and returns its path.

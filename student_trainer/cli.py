@@ -121,6 +121,8 @@ def _rank(command: Command, url: str = "") -> int:
                 stack.callback(prepared.close)
             with guards.told_once(dist, _exit_code):
                 require_alike(prepared)
+            with guards.told_once(dist, _exit_code):
+                prepared.spread()
             if command.dry_run:
                 with guards.told_once(dist, _exit_code):
                     scored = plan.try_once(prepared)
@@ -141,7 +143,8 @@ def _rank(command: Command, url: str = "") -> int:
         except distributed.RankLost as error:
             return _say(error, FAILED)
         try:
-            train(prepared)
+            with distributed.noticing_losses():
+                train(prepared)
         except guards.StopRequested:
             return _say(f"stopped after step {prepared.step}; run the same command again to go on", stop.exit_code)
         except scoring.TeacherGone as error:

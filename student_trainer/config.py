@@ -19,6 +19,8 @@ from student_trainer.teachers.config import TeacherConfig
 from student_trainer.tracking import TrackingConfig
 from teacher_api.settings import Section
 
+StrategyName = Literal["auto", "ddp", "ddp_sharded", "fsdp2"]
+
 
 class StudentConfig(Section):
     """The model that learns."""
@@ -76,6 +78,12 @@ class TrainSection(Section):
     num_processes: int = Field(0, ge=0, le=1024)
     """Training processes on this machine; 0: one per visible GPU, or one. Under torchrun or accelerate launch
     theirs is the number: 0, or the same."""
+    strategy: StrategyName = "auto"
+    """What each of several processes holds. ddp: everything; ddp_sharded: all weights, its part of the optimizer's
+    state; fsdp2: its part of weights, gradients and state. auto: what accelerate launch was told, else ddp. With one
+    process: auto or ddp, which are the same."""
+    cpu_offload: bool = False
+    """With fsdp2 on GPUs: weights, gradients and optimizer state wait in the host's memory; slower."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads per process; 0: torch's own choice (1 in reference mode)."""
     reference: bool = False
@@ -140,7 +148,7 @@ FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     ),
     "train": (
         "steps", "micro_batch_tokens", "micro_batch_size", "loss_chunk_rows", "output_dir", "num_processes", "threads",
-        "max_bad_steps",
+        "max_bad_steps", "strategy", "cpu_offload",
     ),
     "eval": (),
     "checkpoint": ("save_every", "keep_last", "resume", "accept_new_prompts"),

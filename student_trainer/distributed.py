@@ -25,6 +25,10 @@ BUCKET_BYTES = 64 * 2**20
 """Gradients are summed in flat pieces of about this size: few collectives, little extra memory."""
 
 
+GLOO_SIGN = "gloo/"
+"""In every message of gloo, which has no exception of its own: the file that raised it."""
+
+
 class RankLost(RuntimeError):
     """Another process of this run ended, or did not answer in time, while this one waited for it."""
 
@@ -51,7 +55,7 @@ class Distributed:
         if self.world == 1:
             return array.copy()
         tensor = torch.from_numpy(array.copy())  # on the host: gloo
-        with _waiting():
+        with waiting():
             dist.all_reduce(tensor)
         return tensor.numpy()
 
@@ -60,7 +64,7 @@ class Distributed:
         if self.world == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64)
-        with _waiting():
+        with waiting():
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
 
@@ -77,7 +81,7 @@ class Distributed:
         if self.world == 1:
             return [value]
         gathered: list[Any] = [None] * self.world
-        with _waiting():
+        with waiting():
             dist.all_gather_object(gathered, value)
         return gathered
 
@@ -93,11 +97,26 @@ class Distributed:
         for bucket in _buckets([p for p in parameters if p.requires_grad]):
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
             flat = torch.cat([g.reshape(-1) for g in gradients])
-            with _waiting():
+            with waiting():
                 dist.all_reduce(flat)
             pieces = torch.split(flat, [p.numel() for p in bucket])
             for parameter, piece in zip(bucket, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter).clone()
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All ranks' tensors on the main rank, on the host; the others get nothing. No name on two ranks."""
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        described = self.gather([(name, tensor.shape, tensor.dtype) for name, tensor in own.items()])
+        collected = own if self.is_main else {}
+        with waiting():
+            for rank, names in enumerate(described[1:], start=1):
+                for name, shape, dtype in names:
+                    if self.is_main:
+                        collected[name] = torch.empty(shape, dtype=dtype)
+                        dist.recv(collected[name], src=rank)
+                    elif self.rank == rank:
+                        dist.send(own[name], dst=0)
+        return collected
 
     def require_equal(self, what: str, value: str) -> None:
         """Raises ValueError unless `value` is the same on all ranks."""
@@ -107,7 +126,7 @@ class Distributed:
 
     def barrier(self) -> None:
         if self.world > 1:
-            with _waiting():
+            with waiting():
                 dist.barrier()
 
     def close(self) -> None:
@@ -116,14 +135,31 @@ class Distributed:
 
 
 @contextlib.contextmanager
-def _waiting() -> Iterator[None]:
+def waiting() -> Iterator[None]:
+    """Around collectives: what gloo and NCCL raise becomes RankLost."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RankLost):
         raise
-    except RuntimeError as error:  # what gloo and NCCL raise
-        cause = str(error).partition("\n")[0].partition(". ")[0]
-        raise RankLost(f"another process of this run ended or does not answer: {cause}") from error
+    except RuntimeError as error:
+        raise RankLost(f"another process of this run ended or does not answer: {_cause(error)}") from error
+
+
+@contextlib.contextmanager
+def noticing_losses() -> Iterator[None]:
+    """Around work that has collectives somewhere inside: an error that is theirs becomes RankLost, others pass."""
+    try:
+        yield
+    except RankLost:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and GLOO_SIGN not in str(error):
+            raise
+        raise RankLost(f"another process of this run ended or does not answer: {_cause(error)}") from error
+
+
+def _cause(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0].partition(". ")[0]
 
 
 def join(device: str, timeout_s: float) -> Distributed:

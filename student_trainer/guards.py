@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -118,7 +118,7 @@ def locate_non_finite(hidden_NH: Tensor, rollouts: Sequence[Rollout]) -> str:
     raise AssertionError("more hidden rows than completion tokens")
 
 
-def first_non_finite_gradient(named_parameters: Iterator[tuple[str, torch.nn.Parameter]]) -> str:
+def first_non_finite_gradient(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> str:
     for name, parameter in named_parameters:
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             return f"gradient of {name} is not finite"

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -70,6 +71,21 @@ def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape
 
 
+class StateSource(Protocol):
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An optimizer's state, gathered from the ranks that hold its parts."""
+
+    tensors: dict[str, Tensor]
+    description: dict[str, Any]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.tensors, self.description
+
+
 class Optimizer:
     """torch.optim behind one door: clipping, schedule, and a state that is tensors and JSON (no pickle).
 
@@ -103,16 +119,18 @@ class Optimizer:
                 {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
                 {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
             ]
-            adamw = torch.optim.AdamW(
-                [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps
-            )
+            filled = [g for g in groups if g["params"]]
+            adamw = self._make(torch.optim.AdamW, filled, lr=config.learning_rate, betas=config.betas, eps=config.eps)
             parts["adamw"] = (adamw, config.learning_rate)
         if muon:
-            optimizer = torch.optim.Muon(
-                list(muon.values()), lr=config.muon_learning_rate, weight_decay=config.weight_decay
-            )
-            parts["muon"] = (optimizer, config.muon_learning_rate)
+            matrices = list(muon.values())
+            rate, decay = config.muon_learning_rate, config.weight_decay
+            parts["muon"] = (self._make(torch.optim.Muon, matrices, lr=rate, weight_decay=decay), rate)
         return parts
+
+    def _make(self, kind: Any, groups: list[Any], **settings: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = kind(groups, **settings)
+        return optimizer
 
     def learning_rate(self, step: int) -> float:
         """AdamW's (or, where Muon takes everything, Muon's) rate at `step`."""
@@ -140,15 +158,22 @@ class Optimizer:
         for optimizer, peak in self._parts.values():
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-            optimizer.step()
+            self._update(optimizer)
         return norm
 
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+
+    def gathered(self) -> StateSource:
+        """Where the whole state can be had on the main rank. Called by every rank."""
+        return self
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors by "part/parameter/slot", JSON description). Holds references, not copies."""
+        """(tensors by "part/parameter/slot", JSON description), of what this rank holds. References, not copies."""
         tensors: dict[str, Tensor] = {}
         for part, (optimizer, _) in self._parts.items():
             for name, parameter in self._parameters.items():
-                for slot, value in optimizer.state.get(parameter, {}).items():
+                for slot, value in self._slots(optimizer, parameter).items():
                     if not isinstance(value, Tensor):
                         raise TypeError(f"optimizer slot {part}/{name}/{slot} is {type(value).__name__}, not a tensor")
                     tensors[f"{part}/{name}/{slot}"] = value
@@ -165,9 +190,14 @@ class Optimizer:
             part, name, slot = key.split("/")
             if part not in self._parts or name not in self._parameters:
                 raise ValueError(f"checkpoint's optimizer state {key!r} belongs to no parameter of this run")
-            parameter = self._parameters[name]
-            on_device = value if slot == "step" else value.to(parameter.device)
-            self._parts[part][0].state[parameter][slot] = on_device.clone()
+            self._restore(self._parts[part][0], self._parameters[name], slot, value)
+
+    def _slots(self, optimizer: torch.optim.Optimizer, parameter: Parameter) -> dict[str, Any]:
+        return dict(optimizer.state.get(parameter, {}))
+
+    def _restore(self, optimizer: torch.optim.Optimizer, parameter: Parameter, slot: str, value: Tensor) -> None:
+        on_device = value if slot == "step" else value.to(parameter.device)
+        optimizer.state[parameter][slot] = on_device.clone()
 
 
 def _is_hidden_matrix(name: str, parameter: Parameter) -> bool:

@@ -33,10 +33,11 @@ def memory(run: Run, tokens: int) -> dict[str, int]:
     width = student.parts.logit_width
     held = min(run.chunk_rows, tokens)
     teacher = width if run.needs.top_k == "all" else 2 * (run.needs.top_k + run.needs.student_top_k + 1)
+    parts = run.strategy.parts()
     return {
-        "weights": weights,
-        "gradients": 4 * trained,
-        "optimizer": 4 * trained * OPTIMIZER_VALUES[config.optim.name],
+        "weights": weights // parts["weights"],
+        "gradients": 4 * trained // parts["gradients"],
+        "optimizer": 4 * trained * OPTIMIZER_VALUES[config.optim.name] // parts["optimizer"],
         "activations": activation_bytes(student, tokens, gradient_checkpointing=config.student.gradient_checkpointing),
         "logits": LOSS_COPIES * 4 * held * width,
         "teacher_scores": 4 * tokens * teacher,
@@ -56,11 +57,11 @@ def measured(run: Run) -> str:
 
 def try_once(run: Run) -> str:
     """Samples a few tokens, has them scored, and says so in a line."""
-    sampler = make_sampler(run.config, run.student, {"max_new_tokens": DRY_RUN_NEW_TOKENS})
-    with run.student.arithmetic():
-        rollouts = sampler.sample(
-            run.prompts.batch(0, 1, run.config.train.seed), [0], keep_top_k=run.needs.student_top_k
-        )
+    with run.strategy.whole():
+        sampler = make_sampler(run.config, run.student, {"max_new_tokens": DRY_RUN_NEW_TOKENS})
+        with run.student.arithmetic():
+            prompts = run.prompts.batch(0, 1, run.config.train.seed)
+            rollouts = sampler.sample(prompts, [0], keep_top_k=run.needs.student_top_k)
     scored = run.scorer.score(rollouts)[0]
     mean = metrics.mean_delta(scored)
     return f"scored one sequence of {scored.rollout.num_tokens} tokens: mean log q − log p = {mean:.3f} nats"
@@ -80,7 +81,7 @@ def describe(run: Run) -> list[str]:
         f"prompts   {len(run.prompts):,} from {config.data.source}; completed up to {run.longest_tokens} tokens",
         f"loss      {config.loss.objective}, teacher top-k {run.needs.top_k}, student top-k {run.needs.student_top_k}",
         f"steps     {config.train.steps - run.step} of {config.train.steps} to do, {per_step} samples each, on "
-        f"{run.dist.world} process{'es' if run.dist.world > 1 else ''}",
+        f"{run.dist.world} process{'es' if run.dist.world > 1 else ''} ({run.strategy})",
         "memory    "
         + ", ".join(f"{name.replace('_', ' ')} {human(size)}" for name, size in parts.items())
         + f"; together about {human(sum(parts.values()))} per process",

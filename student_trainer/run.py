@@ -19,7 +19,9 @@ from student_trainer.distributed import Distributed, weights_digest
 from student_trainer.evaluate import EvalResult, evaluate
 from student_trainer.losses import build
 from student_trainer.losses.base import AnyObjective, Needs
-from student_trainer.optim import Optimizer
+from student_trainer.optim import Optimizer, StateSource
+from student_trainer.parallel.base import Replicated
+from student_trainer.parallel.choose import choose
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student
 from student_trainer.tracking import Tracker, check_installed
@@ -46,7 +48,7 @@ class Run:
     teacher: TeacherInfo
     objective: AnyObjective
     needs: Needs
-    optimizer: Optimizer
+    strategy: Replicated
     bad_steps: guards.BadSteps
     stop: guards.StopSignals
     console: Console
@@ -61,6 +63,10 @@ class Run:
     saved_at: int = -1
 
     @property
+    def optimizer(self) -> Optimizer:
+        return self.strategy.optimizer
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.config.train.output_dir)
 
@@ -68,6 +74,13 @@ class Run:
     def chunk_rows(self) -> int:
         """Positions whose logits exist at a time."""
         return self.config.train.loss_chunk_rows or max(1, CHUNK_BYTES // (4 * self.student.parts.logit_width))
+
+    def spread(self) -> None:
+        """Puts the student on the ranks as train.strategy says, and the optimizer where it was. Collectives first:
+        reading the checkpoint may fail on one rank alone."""
+        self.student = self.strategy.spread(self.student, self.config.optim, self.config.train.steps)
+        if self.start.checkpoint is not None:
+            checkpoint.load_optimizer(self.start.checkpoint, self.optimizer)
 
     def begin(self) -> None:
         """Opens the output directory: from here on, files are written."""
@@ -102,7 +115,7 @@ class Run:
         if not due or self.evaluated_at == step:
             return
         result = None
-        with self.whole_or_not_at_all():
+        with self.strategy.whole(main_only=True), self.whole_or_not_at_all():
             if self.dist.is_main:
                 result = self._evaluate()
         if result is not None:  # outside: a stop between line and note would have it written twice
@@ -121,26 +134,31 @@ class Run:
         """Writes the state after `step` steps, unless that is on disk already."""
         if self.saved_at == self.step:
             return
-        if self.dist.is_main:
-            state = {
-                "tokens": self.tokens,
-                "evaluated_at": self.evaluated_at,
-                "bad_steps": self.bad_steps.in_a_row,
-                "teacher_fingerprint": self.teacher.fingerprint,
-                "prompts": {"count": len(self.prompts), "digest": self.prompts.digest()},
-                "world": self.dist.world,
-            }
-            checkpoint.save(
-                self.run_dir,
-                self.step,
-                model=self.student.as_saved(),
-                tokenizer=self.student.tokenizer,
-                optimizer=self.optimizer,
-                state=state,
-            )
-            checkpoint.prune(self.run_dir, self.config.checkpoint.keep_last)
+        optimizer = self.optimizer.gathered()
+        with self.strategy.whole(main_only=True, on_host=True):
+            if self.dist.is_main:
+                self._save(optimizer)
         self.saved_at = self.step
         self.dist.barrier()
+
+    def _save(self, optimizer: StateSource) -> None:
+        state = {
+            "tokens": self.tokens,
+            "evaluated_at": self.evaluated_at,
+            "bad_steps": self.bad_steps.in_a_row,
+            "teacher_fingerprint": self.teacher.fingerprint,
+            "prompts": {"count": len(self.prompts), "digest": self.prompts.digest()},
+            "world": self.dist.world,
+        }
+        checkpoint.save(
+            self.run_dir,
+            self.step,
+            model=self.student.as_saved(),
+            tokenizer=self.student.tokenizer,
+            optimizer=optimizer,
+            state=state,
+        )
+        checkpoint.prune(self.run_dir, self.config.checkpoint.keep_last)
 
     @contextlib.contextmanager
     def whole_or_not_at_all(self) -> Iterator[None]:
@@ -160,9 +178,11 @@ class Run:
 
     def finish(self) -> None:
         """The final student, as a directory that plain transformers loads; its adapters, too, in one beside it."""
-        if self.dist.is_main:
-            for suffix, model in self.student.exports().items():
-                checkpoint.export(self.run_dir / (resume.FINAL + suffix), model=model, tokenizer=self.student.tokenizer)
+        with self.strategy.whole(main_only=True, on_host=True):
+            if self.dist.is_main:
+                for suffix, model in self.student.exports().items():
+                    directory = self.run_dir / (resume.FINAL + suffix)
+                    checkpoint.export(directory, model=model, tokenizer=self.student.tokenizer)
         self.dist.barrier()
 
     def close(self) -> None:
@@ -186,7 +206,7 @@ class Run:
 
 
 def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopSignals) -> Run:
-    """Loads and checks everything; writes nothing, and waits for no other rank.
+    """Loads and checks everything; writes nothing, and waits for no other rank. `Run.spread` comes next.
 
     Raises:
         ValueError: a family of one-line refusals: student, data, output directory, handshake.
@@ -196,6 +216,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     check_installed(config.tracking)
     objective = build(config.loss)
     needs = objective.needs(config.teacher.top_k)
+    strategy = choose(config.train, dist)
     if config.teacher.value_type == "float16" and not needs.top_k:
         raise ValueError(
             f"teacher.value_type: got float16, but {config.loss.objective} asks for no top-k values; expected float32"
@@ -215,10 +236,8 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
         warnings += [*start.warnings, *_warnings(config, prompts, needs)]
         began_with = str(start.state.get("teacher_fingerprint", ""))
         scoring.check_same_teacher(began_with, teacher, config.teacher.accept_new_teacher)
-        optimizer = Optimizer(student.model.named_parameters(), config.optim, config.train.steps)
         if start.checkpoint is not None:
             checkpoint.load_model_weights(start.checkpoint, student.model)
-            checkpoint.load_optimizer(start.checkpoint, optimizer)
         return Run(
             config=config,
             dist=dist,
@@ -231,7 +250,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
             teacher=teacher,
             objective=objective,
             needs=needs,
-            optimizer=optimizer,
+            strategy=strategy,
             bad_steps=guards.BadSteps(config.train.max_bad_steps, int(start.state.get("bad_steps", 0))),
             stop=stop,
             console=Console(is_main=dist.is_main, total_steps=config.train.steps, first_step=start.step),

@@ -25,7 +25,7 @@ def train(run: Run) -> None:
     run.evaluate_if_due()
     while run.step < run.config.train.steps:
         clock = metrics.Clock()
-        with run.whole_or_not_at_all():
+        with run.strategy.whole(), run.whole_or_not_at_all():
             rollouts = sample(run)
             clock.lap("sample")
             scored = run.scorer.score(rollouts)
@@ -52,7 +52,7 @@ def sample(run: Run) -> list[Rollout]:
 def learn(run: Run, scored: list[ScoredRollout]) -> Metrics:
     """One optimizer step on the global batch; skipped, alike on every rank, where loss or gradient is not finite."""
     counted_tokens, local, trouble = accumulate(run, scored)
-    run.dist.sum_gradients(run.student.model.parameters())
+    run.strategy.sum_gradients()
     totals = run.dist.sum_metrics(local)
     learned = {**metrics.means(totals, counted_tokens), "loss": totals.get("loss", 0.0)}
     learned["learning_rate"] = run.optimizer.learning_rate(run.step)
@@ -60,7 +60,7 @@ def learn(run: Run, scored: list[ScoredRollout]) -> Metrics:
     if not counted_tokens:
         trouble = "no token of this step counts (loss.ignore_token_ids)"
     elif not metrics.finite(learned["loss"], learned["grad_norm"]):
-        trouble = run.dist.first(trouble) or guards.first_non_finite_gradient(run.student.model.named_parameters())
+        trouble = run.dist.first(trouble) or guards.first_non_finite_gradient(run.strategy.named_parameters())
     else:
         run.optimizer.step(run.step)
         trouble = ""
@@ -88,7 +88,9 @@ def accumulate(run: Run, scored: list[ScoredRollout]) -> tuple[float, Metrics, s
     lengths = [len(s.rollout.prompt.token_ids) + s.rollout.num_tokens for s in scored]
     sums: Metrics = {}
     trouble = ""
-    for batch in pack(lengths, config.train.micro_batch_tokens, config.train.micro_batch_size):
+    packed = pack(lengths, config.train.micro_batch_tokens, config.train.micro_batch_size)
+    learning = [batch for batch in packed if any(weights[i].any() for i in batch)]
+    for batch in run.strategy.together(learning):
         members = [scored[i] for i in batch]
         rollouts = [s.rollout for s in members]
         rows = loss_rows(members, config.loss, device, [advantages[i] for i in batch] if advantages else None)

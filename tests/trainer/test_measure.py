@@ -16,7 +16,7 @@ from student_trainer.data import PromptSource
 from student_trainer.distributed import Distributed
 from student_trainer.losses import build
 from student_trainer.measure import measure, worst_case
-from student_trainer.optim import Optimizer
+from student_trainer.parallel.base import Replicated
 from student_trainer.student import Student, _prepare
 from student_trainer.types import Prompt
 from teacher_api import causal_lm
@@ -53,13 +53,17 @@ def run_of(hidden: int, *, checkpointing: bool = False, **sections: Any) -> Any:
     _prepare(model, StudentConfig(model="unused", gradient_checkpointing=checkpointing))
     student = Student(model, range(VOCABULARY), causal_lm.split(model), CPU, (1,), 0, 256, False)
     objective = build(config.loss)
+    dist = Distributed(0, 1, 0, CPU)
+    strategy = Replicated(dist)
+    strategy.spread(student, config.optim, config.train.steps)
     return SimpleNamespace(
         config=config,
-        dist=Distributed(0, 1, 0, CPU),
+        dist=dist,
         student=student,
         objective=objective,
         needs=objective.needs(config.teacher.top_k),
-        optimizer=Optimizer(model.named_parameters(), config.optim, config.train.steps),
+        strategy=strategy,
+        optimizer=strategy.optimizer,
         chunk_rows=256,
         longest_tokens=200,
         prompts=PromptSource([Prompt(i, np.ones(n, dtype=np.int32)) for i, n in enumerate((28, 100))]),

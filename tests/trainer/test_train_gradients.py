@@ -6,31 +6,24 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from tinymodels import ARCHITECTURES, save_tiny, tiny_model
-from training import FORKS
+from onestep import CPU, V, bare_run, gradients, relative, scored_samples
+from tinymodels import ARCHITECTURES, save_tiny
+from training import FORKS, free_port
 
 from student_trainer import guards
-from student_trainer.config import StudentConfig, TrainConfig
-from student_trainer.distributed import Distributed, join
-from student_trainer.losses import build
-from student_trainer.optim import Optimizer
+from student_trainer.config import StudentConfig
+from student_trainer.distributed import join
 from student_trainer.student import load
 from student_trainer.train import accumulate, learn
-from student_trainer.types import Prompt, Rollout, ScoredRollout
-from teacher_api.types import Scores
+from student_trainer.types import Rollout, ScoredRollout
 
 pytestmark = pytest.mark.slow
-
-CPU = torch.device("cpu")
-V, W = 120, 128
-ALONE = Distributed(0, 1, 0, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -40,58 +33,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples() -> list[ScoredRollout]:
-    """Seven samples of three prompts, lengths 1 to 9, scored over the whole vocabulary by another model in float64."""
-    generator = np.random.Generator(np.random.Philox(1))
-    teacher = tiny_model(seed=9, scale=2.0).double()
-    student = tiny_model(seed=3, scale=2.0)
-    scored = []
-    for uid, length in enumerate([3, 1, 9, 4, 4, 2, 6]):
-        prompt = Prompt(index=uid // 3, token_ids=np.arange(2 + uid // 3, 7, dtype=np.int32))
-        tokens = generator.integers(2, V, length).astype(np.int32)
-        full = torch.tensor([[*prompt.token_ids, *tokens]]).long()
-        rows = slice(len(prompt.token_ids) - 1, -1)
-        with torch.no_grad():
-            log_p = teacher(full).logits[0, rows].log_softmax(-1)
-            log_q = student(full).logits[0, rows].log_softmax(-1)
-        at = torch.from_numpy(tokens).long()[:, None]
-        scores = Scores(
-            id=str(uid),
-            positions=np.arange(len(prompt.token_ids), full.shape[1], dtype=np.int32),
-            token_logprob=log_p.gather(1, at)[:, 0].float().numpy(),
-            log_tail=log_p[:, V:].logsumexp(1).float().numpy(),
-            topk_logprob=log_p[:, :V].float().numpy(),
-        )
-        own = log_q.gather(1, at)[:, 0].float().numpy()
-        rollout = Rollout(uid, prompt, tokens, "length", behaviour_logprob=own, full_logprob=own)
-        scored.append(ScoredRollout(rollout, scores))
-    return scored
-
-
-def bare_run(checkpoint: Path, dist: Distributed = ALONE, **sections: Any) -> Any:
-    """What `learn` takes of a Run, without teacher, data and directory."""
-    config = TrainConfig.model_validate(
-        {
-            "student": {"model": str(checkpoint)},
-            "teacher": {"url": "grpc://unused:1", "top_k": "all"},
-            "data": {"source": "unused"},
-            **sections,
-        }
-    )
-    student = load(StudentConfig(model=str(checkpoint)), CPU)
-    return SimpleNamespace(
-        config=config,
-        dist=dist,
-        student=student,
-        objective=build(config.loss),
-        optimizer=Optimizer(student.model.named_parameters(), config.optim, config.train.steps),
-        bad_steps=guards.BadSteps(config.train.max_bad_steps),
-        chunk_rows=config.train.loss_chunk_rows or 4096,
-        step=0,
-    )
-
-
-def gradients(run: Any) -> torch.Tensor:
-    return torch.cat([p.grad.reshape(-1) for p in run.student.model.parameters()]).double()
+    return scored_samples()
 
 
 def reference(
@@ -125,10 +67,6 @@ def reference(
         total = total + weights[-1] * value.sum()
     total.backward()
     return float(total.detach()), torch.cat([p.grad.reshape(-1) for p in student.parameters() if p.requires_grad])
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize(
@@ -254,8 +192,6 @@ def _rank_step(rank: int, world: int, port: int, checkpoint: Path, samples: Any,
 @pytest.mark.parametrize("world", [2, 3], ids=["two", "two without tokens"])
 def test_ranks_together_take_the_step_of_one(world: int, checkpoint, samples, tmp_path) -> None:
     """With three, rank 0 has all the samples: ranks without tokens take part and change nothing."""
-    from student_trainer.launch import _free_port
-
     alone = bare_run(checkpoint, optim={"learning_rate": 1e-3})
     _, sums, _ = accumulate(alone, samples)
     expected = gradients(alone)
@@ -266,7 +202,7 @@ def test_ranks_together_take_the_step_of_one(world: int, checkpoint, samples, tm
     weights = torch.cat([p.detach().reshape(-1) for p in alone.student.model.parameters()]).double()
 
     assert FORKS.get_start_method() == "forkserver"  # with the imports done
-    arguments = (world, _free_port(), checkpoint, samples, tmp_path)
+    arguments = (world, free_port(), checkpoint, samples, tmp_path)
     multiprocessing.start_processes(_rank_step, arguments, nprocs=world, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(world)]
     for rank in ranks:

@@ -1,0 +1,191 @@
+"""Weights, gradients and optimizer state in one part per rank: torch's `fully_shard` (FSDP2), one group per layer and
+one for embeddings, norm and head. The root of the shards is a module of our own around the trunk, because that is what
+a step calls; the head is used while the root's weights are whole, and its gradients leave with the trunk's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Module, ModuleList, Parameter
+
+from student_trainer.distributed import Distributed, waiting
+from student_trainer.optim import OptimConfig, Optimizer, Snapshot, StateSource
+from student_trainer.parallel.base import BatchT, Replicated
+from student_trainer.parallel.shell import Shell, structure_copy
+from student_trainer.student import Student
+
+
+class Fsdp2(Replicated):
+    """`fsdp2`.
+
+    Args:
+        cpu_offload: keep the shards, their gradients and the optimizer on the host between uses.
+    """
+
+    name = "fsdp2"
+
+    def __init__(self, dist: Distributed, *, cpu_offload: bool = False) -> None:
+        super().__init__(dist)
+        self._cpu_offload = cpu_offload
+        self._is_whole = False
+
+    def spread(self, student: Student, config: OptimConfig, total_steps: int) -> Student:
+        self._shell = Shell(student.model)
+        self._trained, copy_of = structure_copy(student.model)
+        body, project = copy_of(student.parts.body), copy_of(student.parts.project)
+        layers = layers_of(body)
+        _refuse_unfit(self._trained, body, layers)
+        settings: dict[str, Any] = {
+            "mesh": init_device_mesh(student.device.type, (self.dist.world,)),
+            "offload_policy": self._offload(student.device),
+        }
+        root = _Root(self._trained, body)
+        for layer in layers:
+            fully_shard(layer, **settings)
+        # The head is used after the root's forward: its weights must still be whole then.
+        fully_shard(root, reshard_after_forward=False, **settings)
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # losses are weighted by global counts: a sum is wanted
+                module.set_force_sum_reduction_for_comms(True)
+                # An expert may have had tokens on another rank only.
+                module.set_reduce_scatter_unused_params(True, recurse=False)
+        self._shell.empty()
+        self.optimizer = self._optimizer(config, total_steps)
+        parts = dataclasses.replace(student.parts, body=root, project=project)
+        self._student = dataclasses.replace(student, parts=parts)
+        return self._student
+
+    def _offload(self, device: torch.device) -> OffloadPolicy:
+        return CPUOffloadPolicy(pin_memory=device.type == "cuda") if self._cpu_offload else OffloadPolicy()
+
+    def _optimizer(self, config: OptimConfig, total_steps: int) -> Optimizer:
+        return _Sharded(self.dist, self.named_parameters(), config, total_steps)
+
+    def together(self, batches: Sequence[BatchT]) -> Iterator[BatchT]:
+        rounds = int(self.dist.all_reduce_max(len(batches)))
+        yield from batches
+        for _ in range(rounds - len(batches)):
+            self._idle_pass()
+
+    def _idle_pass(self) -> None:
+        """Forward and backward of one token whose gradient is zero, for the collectives in it."""
+        token = torch.full((1, 1), self._student.pad_token_id, device=self._student.device)
+        with self._student.arithmetic():
+            hidden = self._student.parts.trunk(token)
+        hidden.backward(torch.zeros_like(hidden))
+
+    def sum_gradients(self) -> None:
+        """The backward passes have summed them."""
+
+    @contextlib.contextmanager
+    def whole(self, *, main_only: bool = False, on_host: bool = False) -> Iterator[None]:
+        if self._is_whole:
+            yield
+            return
+        self._shell.fill(self._gathered(on_host=on_host, keep=self.dist.is_main or not main_only))
+        self._is_whole = True
+        try:
+            yield
+        finally:
+            self._is_whole = False
+            self._shell.empty()
+
+    def _gathered(self, *, on_host: bool, keep: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.named_parameters():
+            tensor = full_tensor(parameter)
+            if keep:
+                yield name, tensor.cpu() if on_host else tensor.to(self._student.device)
+
+    def parts(self) -> dict[str, int]:
+        world = self.dist.world
+        return {"weights": world, "gradients": world, "optimizer": world}
+
+
+class _Root(Module):
+    """Calls the trunk; holds the whole model, so that all of its parameters belong to this root."""
+
+    def __init__(self, model: Module, body: Module) -> None:
+        super().__init__()
+        self.model = model
+        self._body = (body,)  # no submodule of its own: it is one of the model's
+
+    def forward(self, **inputs: Any) -> Any:
+        return self._body[0](**inputs)
+
+
+class _Sharded(Optimizer):
+    """An optimizer of DTensors: its state is cut as they are."""
+
+    def __init__(self, dist: Distributed, *args: Any) -> None:
+        self._dist = dist
+        super().__init__(*args)
+
+    def grad_norm(self) -> float:
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if not gradients:
+            return 0.0
+        with waiting():
+            return float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
+
+    def _restore(self, optimizer: torch.optim.Optimizer, parameter: Parameter, slot: str, value: Tensor) -> None:
+        data = parameter.data
+        if isinstance(data, DTensor) and value.shape == data.shape:
+            # Every rank has read the whole value: each takes its part, nothing is sent.
+            whole = value.to(data.to_local().device)
+            value = distribute_tensor(whole, data.device_mesh, data.placements, src_data_rank=None)
+            optimizer.state[parameter][slot] = value
+        else:
+            super()._restore(optimizer, parameter, slot, value)
+
+    def gathered(self) -> StateSource:
+        tensors, description = self.state()
+        whole = {}
+        for name, value in tensors.items():
+            tensor = full_tensor(value)
+            if self._dist.is_main:
+                whole[name] = tensor.cpu()
+        return Snapshot(whole, description)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every rank; a plain one as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with waiting():
+        whole: Tensor = tensor.full_tensor().detach()
+        return whole
+
+
+def layers_of(body: Module) -> list[Module]:
+    """The trunk's repeated layers, in order."""
+    return [layer for child in body.children() if isinstance(child, ModuleList) for layer in child]
+
+
+def _refuse_unfit(model: Module, body: Module, layers: Sequence[Module]) -> None:
+    name = type(model).__name__
+    cure = "use train.strategy ddp or ddp_sharded"
+    if not layers:
+        raise ValueError(f"train.strategy: fsdp2 found no list of layers in {name}; {cure}")
+    owners: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            if owners.setdefault(id(parameter), index) != index:
+                raise ValueError(f"train.strategy: fsdp2 can't shard {name}, whose layers share parameters; {cure}")
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if id(module) not in inside and any(id(p) in owners for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"train.strategy: fsdp2 can't shard {name}: a layer's parameter is used outside it; {cure}"
+            )
+    if not any(parameter.requires_grad for parameter in body.parameters()):
+        raise ValueError(f"train.strategy: fsdp2 got {name} with nothing to train below its head; {cure}")

@@ -1,0 +1,200 @@
+"""Every strategy on 2 to 4 processes against one: the same loss, gradient, weights and samples, whichever rank holds
+what. One group of processes per case does all of it, because starting them is what takes the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from onestep import ALONE, bare_run, relative, scored_samples
+from safetensors.torch import load_file, save_file
+from tinymodels import save_tiny
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Shard
+from training import FORKS, free_port
+
+from student_trainer.distributed import Distributed, join
+from student_trainer.parallel.base import Replicated
+from student_trainer.parallel.ddp_sharded import DdpSharded
+from student_trainer.parallel.fsdp2 import Fsdp2, full_tensor
+from student_trainer.rollout.config import RolloutConfig
+from student_trainer.rollout.torch_sampler import TorchSampler
+from student_trainer.train import accumulate, learn
+from student_trainer.types import ScoredRollout
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+SETTINGS: dict[str, Any] = {
+    "loss": {"objective": "policy_gradient"},
+    "optim": {"learning_rate": 1e-3, "grad_clip": 0.05, "weight_decay": 0.1},
+    "train": {"micro_batch_tokens": 24, "max_bad_steps": 9},
+}
+"""Of the step: several micro-batches on each rank, unlike in number, and clipping that bites."""
+STRATEGIES = {"ddp": Replicated, "ddp_sharded": DdpSharded, "fsdp2": Fsdp2}
+
+
+def shares(samples: list[ScoredRollout], dist: Distributed, lopsided: bool) -> list[ScoredRollout]:
+    if lopsided:
+        return samples if dist.rank == 0 else []
+    return [s for i, s in enumerate(samples) if dist.owns(i)]
+
+
+def draw(run: Any, samples: list[ScoredRollout]) -> list[list[int]]:
+    """Completions of the run's student as it is, sampled from the plain model."""
+    config = RolloutConfig(max_new_tokens=6, temperature=0.8)
+    with run.strategy.whole():
+        sampler = TorchSampler(
+            run.student.model, eos_token_ids=(1,), pad_token_id=0, vocabulary_size=120, config=config, seed=5
+        )
+        rollouts = sampler.sample([s.rollout.prompt for s in samples], range(len(samples)))
+    return [r.token_ids.tolist() for r in rollouts]
+
+
+def whole(run: Any, *, gradients: bool = False) -> torch.Tensor:
+    """All trained values or their gradients in one row."""
+    tensors = [p.grad if gradients else p for _, p in run.strategy.named_parameters()]
+    return torch.cat([full_tensor(t.detach()).reshape(-1) for t in tensors])
+
+
+def describe(run: Any) -> dict[str, Any]:
+    """What is really in use on this rank."""
+    parameters = [p for _, p in run.strategy.named_parameters()]
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    states = [o.optim if isinstance(o, ZeroRedundancyOptimizer) else o for o, _ in run.optimizer._parts.values()]
+    slots = [v for o in states for slot in o.state.values() for v in slot.values() if v.ndim]
+    return {
+        "optimizers": sorted({type(o).__name__ for o, _ in run.optimizer._parts.values()}),
+        "sharded": [isinstance(p, DTensor) and p.placements == (Shard(0),) for p in parameters],
+        "groups": sum(isinstance(m, FSDPModule) for m in run.student.parts.body.modules()),
+        "plain_on_meta": all(p.is_meta for p in run.student.model.parameters()),
+        "held_values": sum(p.numel() for p in held),
+        "state_values": sum((v.to_local() if isinstance(v, DTensor) else v).numel() for v in slots),
+    }
+
+
+def take_steps(run: Any, mine: list[ScoredRollout], samples: list[ScoredRollout]) -> tuple[dict[str, Any], Any]:
+    """(facts, tensors) of a run from its first step to its last."""
+    dist, facts, tensors = run.dist, {"sampled": draw(run, samples)}, {}
+    _, sums, _ = accumulate(run, mine)
+    run.strategy.sum_gradients()
+    facts["loss"] = dist.sum_metrics(sums)["loss"]
+    facts["grad_norm"] = run.optimizer.grad_norm()
+    tensors["gradient"] = whole(run, gradients=True)
+    run.optimizer.zero_grad()
+    for _ in range(STEPS):
+        assert learn(run, mine)["skipped"] == 0.0
+        run.step += 1
+    facts["described"] = describe(run)
+    tensors["weights"] = whole(run)
+    state, facts["state_of"] = run.optimizer.gathered().state()
+    tensors.update({f"state/{name}": value.detach().clone() for name, value in state.items()})
+    return facts, tensors
+
+
+@contextlib.contextmanager
+def poisoned_backward(run: Any) -> Iterator[None]:
+    """On the last rank alone, the gradient that reaches the trunk is NaN."""
+    if run.dist.rank != run.dist.world - 1:
+        yield
+        return
+
+    def watch(_module: Any, _inputs: Any, output: Any) -> None:
+        output.last_hidden_state.register_hook(lambda gradient: gradient * torch.nan)
+
+    hook = run.student.parts.body.register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _rank(rank: int, world: int, port: int, strategy: str, lopsided: bool, checkpoint: Path, folder: Path) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    dist = join("cpu", 60.0)
+    samples = scored_samples()
+    run = bare_run(checkpoint, dist, STRATEGIES[strategy](dist), **SETTINGS)
+    mine = shares(samples, dist, lopsided)
+    facts, tensors = take_steps(run, mine, samples)
+    if not lopsided:
+        before = whole(run)
+        with poisoned_backward(run):
+            facts["poisoned_skipped"] = learn(run, mine)["skipped"]
+        facts["unchanged"] = torch.equal(before, whole(run))
+        facts["after"] = learn(run, mine)["skipped"]
+    save_file(tensors, folder / f"rank{rank}.safetensors")
+    (folder / f"rank{rank}.json").write_text(json.dumps(facts))
+    dist.close()
+
+
+CASES = [
+    pytest.param("qwen3", "ddp", 2, False, id="ddp"),
+    pytest.param("qwen3", "ddp_sharded", 2, False, id="ddp_sharded"),
+    pytest.param("qwen3", "fsdp2", 2, False, id="fsdp2-tied"),
+    pytest.param("mixtral", "fsdp2", 2, False, id="fsdp2-experts"),
+    pytest.param("llama", "fsdp2", 4, True, id="fsdp2-four-three-without-tokens"),
+    pytest.param("qwen3", "ddp_sharded", 3, True, id="ddp_sharded-two-without-tokens", marks=pytest.mark.long),
+    pytest.param("gpt2", "fsdp2", 4, False, id="fsdp2-gpt2", marks=pytest.mark.long),
+    pytest.param("mamba2", "fsdp2", 2, False, id="fsdp2-mamba2", marks=pytest.mark.long),
+    pytest.param("gemma2", "ddp_sharded", 4, False, id="ddp_sharded-four", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("arch", "strategy", "world", "lopsided"), CASES)
+def test_ranks_together_do_what_one_does(arch: str, strategy: str, world: int, lopsided: bool, tmp_path: Path) -> None:
+    checkpoint = save_tiny(tmp_path / "student", arch, scale=2.0)
+    assert FORKS.get_start_method() == "forkserver"  # with the imports done
+    arguments = (world, free_port(), strategy, lopsided, checkpoint, tmp_path)
+    multiprocessing.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
+    ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(world)]
+    saved = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(world)]
+
+    samples = scored_samples()
+    alone = bare_run(checkpoint, ALONE, **SETTINGS)
+    expected, reference = take_steps(alone, samples, samples)
+    for facts, tensors in zip(ranks, saved, strict=True):
+        assert facts["sampled"] == expected["sampled"]
+        assert facts["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert facts["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
+        assert relative(tensors["gradient"].double(), reference["gradient"].double()) < 1e-6
+        assert relative(tensors["weights"].double(), reference["weights"].double()) < 1e-5
+        assert torch.equal(tensors["weights"], saved[0]["weights"])
+        if not lopsided:
+            assert (facts["poisoned_skipped"], facts["unchanged"], facts["after"]) == (1.0, True, 0.0)
+    check_wrapper(strategy, [facts["described"] for facts in ranks], alone, len(reference["weights"]))
+
+    assert ranks[0]["state_of"] == expected["state_of"]
+    state = {name: value for name, value in saved[0].items() if name.startswith("state/")}
+    assert state.keys() == {name for name in reference if name.startswith("state/")}
+    for name, value in state.items():
+        assert relative(value.double(), reference[name].double()) < 1e-4, name
+
+
+def check_wrapper(strategy: str, described: list[dict[str, Any]], alone: Any, num_values: int) -> None:
+    """Pitfall: a strategy that was asked for and silently became another."""
+    plain = describe(alone)
+    world = len(described)
+    for rank in described:
+        if strategy == "fsdp2":
+            assert all(rank["sharded"])
+            assert rank["groups"] == 1 + len(alone.student.parts.body.config.num_hidden_layers * [0])
+            assert rank["plain_on_meta"]
+            assert rank["held_values"] < 0.75 * num_values if world == 2 else rank["held_values"] < 0.5 * num_values
+        else:
+            assert not any(rank["sharded"])
+            assert rank["held_values"] == num_values
+        assert rank["optimizers"] == (["ZeroRedundancyOptimizer"] if strategy == "ddp_sharded" else ["AdamW"])
+    total = sum(rank["state_values"] for rank in described)
+    assert total == plain["state_values"] * (world if strategy == "ddp" else 1)
