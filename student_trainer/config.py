@@ -12,7 +12,7 @@ from student_trainer.checkpoint import CheckpointConfig
 from student_trainer.data.config import DataConfig
 from student_trainer.evaluate import EvalConfig
 from student_trainer.forms.config import LoraConfig, check_freeze
-from student_trainer.losses.config import LossField, parse_loss
+from student_trainer.losses.config import LossField, SampledTokenConfig, parse_loss
 from student_trainer.optim import OptimConfig
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.teachers.config import TeacherConfig
@@ -110,8 +110,8 @@ class TrainConfig(Section):
     def _complete(self) -> TrainConfig:
         if not self.student.model:
             raise ValueError("student.model is not set: name a directory or a hub id (--student MODEL)")
-        if not self.data.source:
-            raise ValueError("data.source is not set: name a file of prompts (--prompts FILE)")
+        if not self.data.source and not self.data.domains:
+            raise ValueError("data.source is not set: name a file of prompts (--prompts FILE), or a data.preset")
         if bool(self.teacher.url) == bool(self.teacher.model):
             got = "both" if self.teacher.url else "neither"
             raise ValueError(
@@ -132,11 +132,31 @@ class TrainConfig(Section):
                 f"optim.muon_learning_rate: got {self.optim.muon_learning_rate} with optim.name {self.optim.name}, "
                 "expected none: it is muon's"
             )
+        self._nothing_of_sampling_where_nothing_is_sampled()
         if self.eval.data is not None and "every" not in self.eval.model_fields_set:
             raise ValueError(
                 "eval.every: not set, but eval.data is; expected the steps between evaluations, or 0 for none"
             )
         return self
+
+    def _nothing_of_sampling_where_nothing_is_sampled(self) -> None:
+        """λ < 1: what is fixed data has no sampling policy."""
+        fraction = self.data.on_policy_fraction
+        if fraction < 1.0 and isinstance(self.loss, SampledTokenConfig):
+            raise ValueError(
+                f"data.on_policy_fraction: got {fraction:g} with loss.objective {self.loss.objective}, expected 1: it "
+                "learns from what the student samples, and its estimate is of nothing on other text"
+            )
+        idle = ["temperature", "top_p", "top_k", "greedy"] if fraction == 0.0 else []
+        if any(source.format == "packed_text" for source in self.data.sources):
+            idle.append("group_size")
+        for name in idle:
+            value = getattr(self.rollout, name)
+            if value != RolloutConfig.model_fields[name].default:
+                raise ValueError(
+                    f"rollout.{name}: got {value!r} with data.on_policy_fraction {fraction:g}, expected none: nothing "
+                    "is sampled"
+                )
 
 
 FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 T = TypeVar("T")
-SHOWN = ("loss", "delta", "grad_norm", "learning_rate", "completion_tokens", "seconds")
+SHOWN = ("loss", "delta", "grad_norm", "learning_rate", "completion_tokens", "dropped_prompts", "seconds")
 """Metrics on the progress line, where the step has them."""
 PLAIN_EVERY_S = 10.0
 """Without a terminal, a line at most this often, besides the first and the last."""

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from student_trainer.config import StudentConfig
 from student_trainer.console import Console
-from student_trainer.data.config import DataConfig
+from student_trainer.data.config import PromptConfig
 from student_trainer.evaluate import EvalResult, Judged, TaskName, evaluate
 from student_trainer.rollout.base import RolloutError
 from student_trainer.rollout.config import RolloutConfig
@@ -53,7 +53,7 @@ class EvaluationConfig(Section):
     """Arithmetic of the forward pass."""
     device: str = "auto"
     """auto: a GPU if there is one, else cpu; or cpu, cuda, cuda:1."""
-    data: DataConfig = DataConfig()
+    data: PromptConfig = PromptConfig()
     """Problems with answers (data.answer_key)."""
     rollout: GreedyByDefault = GreedyByDefault()
     task: TaskName = "final_answer"

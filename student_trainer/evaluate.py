@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
-from student_trainer.data.config import DataConfig
+from student_trainer.data.config import PromptConfig
 from student_trainer.types import Prompt, Rollout
 from teacher_api.settings import Section
 
@@ -23,7 +23,7 @@ TaskName = Literal["exact_match", "final_answer", "numeric_answer"]
 class EvalConfig(Section):
     every: int = Field(0, ge=0)
     """Steps between evaluations (before the first step and after the last as well); 0: none."""
-    data: DataConfig | None = None
+    data: PromptConfig | None = None
     """Problems with answers, none of them in the training data."""
     task: TaskName = "final_answer"
     num_prompts: int = Field(256, ge=1)

@@ -18,7 +18,7 @@ import torch
 
 from student_trainer.run import Run
 from student_trainer.train import accumulate
-from student_trainer.types import Rollout, ScoredRollout
+from student_trainer.types import Prompt, Rollout, ScoredRollout
 from teacher_api.types import Scores
 
 KIB = 1024
@@ -53,9 +53,10 @@ def measure(run: Run) -> Measured:
 
 def worst_case(run: Run) -> list[ScoredRollout]:
     """Made-up samples of the longest prompt and the longest completion, with a teacher that finds all ids as likely."""
-    prompt = max(run.prompts.all(), key=lambda p: len(p.token_ids))
-    num, vocabulary = run.config.rollout.max_new_tokens, run.student.vocabulary_size
+    fraction, vocabulary = run.config.data.on_policy_fraction, run.student.vocabulary_size
+    num = max(run.config.rollout.max_new_tokens if fraction else 0, run.prompts.longest.fixed)
     draw = np.random.default_rng(0)
+    prompt = Prompt(0, draw.integers(0, vocabulary, max(run.longest_tokens - num, 1), dtype=np.int32))
     values = np.full(num, -math.log(vocabulary), dtype=np.float32)
     top_k, kept = run.needs.top_k, run.needs.student_top_k
     width = vocabulary if top_k == "all" else top_k

@@ -45,6 +45,7 @@ def of_rollouts(scored: Sequence[ScoredRollout], sum_metrics: Callable[[Metrics]
             "completion": float(sum(s.rollout.num_completion_tokens for s in scored)),
             "prompt": float(sum(len(s.rollout.prompt.token_ids) + s.rollout.scored_prompt_tokens for s in scored)),
             "finished": float(sum(s.rollout.finish == "eos" for s in scored)),
+            "fixed": float(sum(s.rollout.source == "fixed" for s in scored)),
             "cached": float(sum(s.scores.cached_tokens for s in scored)),
         }
     )
@@ -53,6 +54,7 @@ def of_rollouts(scored: Sequence[ScoredRollout], sum_metrics: Callable[[Metrics]
         "completion_tokens": sums["completion"] / samples,
         "prompt_tokens": sums["prompt"] / samples,
         "finished": sums["finished"] / samples,
+        "fixed_samples": sums["fixed"] / samples,
         "tokens": sums["completion"],
         "teacher_cached_tokens": sums["cached"],
     }

@@ -4,7 +4,9 @@ measured."""
 from __future__ import annotations
 
 from student_trainer import metrics
+from student_trainer.data import fixed
 from student_trainer.measure import measure
+from student_trainer.rollout.likely import with_likely_ids
 from student_trainer.run import Run, make_sampler
 from student_trainer.student import activation_bytes
 
@@ -56,13 +58,19 @@ def measured(run: Run) -> str:
 
 
 def try_once(run: Run) -> str:
-    """Samples a few tokens, has them scored, and says so in a line."""
-    with run.strategy.whole():
-        sampler = make_sampler(run.config, run.student, {"max_new_tokens": DRY_RUN_NEW_TOKENS})
-        with run.student.arithmetic():
-            prompts = run.prompts.batch(0, 1, run.config.train.seed)
-            rollouts = sampler.sample(prompts, [0], keep_top_k=run.needs.student_top_k)
+    """Samples a few tokens, or takes a fixed completion, has it scored, and says so in a line."""
+    (prompt,) = run.prompts.batch(0, 1, run.config.train.seed)
+    kept = run.needs.student_top_k
+    with run.strategy.whole(), run.student.arithmetic():
+        if run.config.data.on_policy_fraction:
+            sampler = make_sampler(run.config, run.student, {"max_new_tokens": DRY_RUN_NEW_TOKENS})
+            rollouts = sampler.sample([prompt], [0], keep_top_k=kept)
+        else:
+            rollouts = with_likely_ids(run.student, [fixed.rollout(prompt, 0, uid=0)], kept, 1)
     scored = run.scorer.score(rollouts)[0]
+    if scored.rollout.source == "fixed":
+        mean = float(scored.scores.token_logprob.mean())
+        return f"scored one fixed completion of {scored.rollout.num_tokens} tokens: mean log p = {mean:.3f} nats"
     mean = metrics.mean_delta(scored)
     return f"scored one sequence of {scored.rollout.num_tokens} tokens: mean log q − log p = {mean:.3f} nats"
 
@@ -78,7 +86,7 @@ def describe(run: Run) -> list[str]:
         f"{config.student.dtype} on {run.student.device})",
         f"teacher   {teacher.model_name} ({teacher.engine} {teacher.engine_version}, {teacher.dtype}, fingerprint "
         f"{teacher.fingerprint})",
-        f"prompts   {len(run.prompts):,} from {config.data.source}; completed up to {run.longest_tokens} tokens",
+        f"prompts   {_prompts(run)} from {config.data.named}; completed up to {run.longest_tokens} tokens",
         f"loss      {config.loss.objective}, teacher top-k {run.needs.top_k}, student top-k {run.needs.student_top_k}",
         f"steps     {config.train.steps - run.step} of {config.train.steps} to do, {per_step} samples each, on "
         f"{run.dist.world} process{'es' if run.dist.world > 1 else ''} ({run.strategy})",
@@ -89,6 +97,13 @@ def describe(run: Run) -> list[str]:
         + (f" (goes on from {run.start.checkpoint})" if run.start.checkpoint else ""),
     ]
     return lines + [f"warning   {w}" for w in run.warnings]
+
+
+def _prompts(run: Run) -> str:
+    """How many there are, and what is done with them."""
+    count, fraction = run.prompts.num_prompts, run.config.data.on_policy_fraction
+    number = "a stream" if count is None else f"{count:,}"
+    return number if fraction == 1.0 else f"{number} ({1 - fraction:.0%} of training on fixed completions)"
 
 
 def human(num_bytes: float) -> str:

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from student_trainer import checkpoint
 from student_trainer.config import TrainConfig, differences, experiment
+from student_trainer.data import DataError, Prompts
 from teacher_api.settings import dump_yaml
 
 RUN_FILE, CONFIG_FILE, FINAL, LOCK_FILE = "run.json", "config.yaml", "final", ".lock"
@@ -90,19 +91,33 @@ def _start(config: TrainConfig) -> Start:
     return Start(latest, {} if latest is None else checkpoint.read_state(latest), warnings)
 
 
-def check_same_prompts(start: Start, config: TrainConfig, num_prompts: int, digest: str) -> None:
-    """Raises ResumeError where a run would go on with other prompts than it was trained on so far. A run that begins
-    from another's checkpoint has its own."""
+def go_on_with_prompts(start: Start, config: TrainConfig, prompts: Prompts) -> None:
+    """Lets a stream go on where the checkpoint left it. A run begun from another's checkpoint has its own prompts.
+
+    Raises:
+        ResumeError: the run would go on with other prompts than it was trained on so far, and that is not allowed.
+    """
     before = start.state.get("prompts")
-    if not before or start.checkpoint is None or config.checkpoint.accept_new_prompts:
+    if not before or start.checkpoint is None:
         return
-    is_own = start.checkpoint.resolve().is_relative_to(Path(config.train.output_dir).resolve())
-    if is_own and before["digest"] != digest:
+    if not start.checkpoint.resolve().is_relative_to(Path(config.train.output_dir).resolve()):
+        return
+    cure = "put the old ones back, or pass --accept-new-prompts to go on with the new ones"
+    verify, digest = not config.checkpoint.accept_new_prompts, prompts.digest()
+    if verify and before["digest"] != digest:
         raise ResumeError(
-            f"data.source {config.data.source} has changed: {start.checkpoint} was trained on {before['count']} "
-            f"prompts with digest {before['digest']}, now there are {num_prompts} with {digest}; put the old ones "
-            "back, or pass --accept-new-prompts to go on with the new ones"
+            f"data.source {config.data.named} has changed: {start.checkpoint} was trained on "
+            f"{_number_of(before['count'])} prompts with digest {before['digest']}, now there are "
+            f"{_number_of(prompts.num_prompts)} with {digest}; {cure}"
         )
+    try:
+        prompts.restore(before.get("state", {}), verify=verify)
+    except DataError as error:
+        raise ResumeError(f"{error}; {cure}") from error
+
+
+def _number_of(count: int | None) -> str:
+    return "a stream of" if count is None else str(count)
 
 
 def claim(run_dir: Path, wait_s: float = CLAIM_WAIT_S) -> IO[str]:

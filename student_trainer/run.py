@@ -14,7 +14,8 @@ from student_trainer import checkpoint, guards, metrics, resume, scoring
 from student_trainer import student as students
 from student_trainer.config import TrainConfig
 from student_trainer.console import Console
-from student_trainer.data.prompts import PromptSource, load_prompts
+from student_trainer.data import Prompts, load_prompts, open_prompts
+from student_trainer.data.fixed import Mix
 from student_trainer.distributed import Distributed, weights_digest
 from student_trainer.evaluate import EvalResult, evaluate
 from student_trainer.losses import build
@@ -40,7 +41,8 @@ class Run:
     config: TrainConfig
     dist: Distributed
     student: Student
-    prompts: PromptSource
+    prompts: Prompts
+    mix: Mix
     eval_prompts: Sequence[Prompt]
     sampler: TorchSampler
     eval_sampler: TorchSampler
@@ -101,6 +103,8 @@ class Run:
         figures = metrics.of_rollouts(scored, self.dist.sum_metrics)
         self.tokens += int(figures["tokens"])
         figures = {**learned, **figures, "total_tokens": float(self.tokens), **clock.read()}
+        if any(source.overlong == "drop" for source in self.config.data.sources):
+            figures["dropped_prompts"] = float(self.prompts.dropped().total)
         if self.step % self.config.tracking.log_every == 0 or self.step == self.config.train.steps:
             self._log(figures)
         self.console.step(self.step, figures)
@@ -147,7 +151,7 @@ class Run:
             "evaluated_at": self.evaluated_at,
             "bad_steps": self.bad_steps.in_a_row,
             "teacher_fingerprint": self.teacher.fingerprint,
-            "prompts": {"count": len(self.prompts), "digest": self.prompts.digest()},
+            "prompts": self._prompts_state(),
             "world": self.dist.world,
         }
         checkpoint.save(
@@ -175,6 +179,15 @@ class Run:
         except guards.RESUMABLE:
             self.checkpoint()
             raise
+
+    def _prompts_state(self) -> dict[str, Any]:
+        """What a resumed run is held to, and where in a stream it goes on."""
+        train = self.config.train
+        return {
+            "count": self.prompts.num_prompts,
+            "digest": self.prompts.digest(),
+            "state": self.prompts.state(self.step * train.batch_size, train.seed),
+        }
 
     def finish(self) -> None:
         """The final student, as a directory that plain transformers loads; its adapters, too, in one beside it."""
@@ -222,8 +235,8 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
             f"teacher.value_type: got float16, but {config.loss.objective} asks for no top-k values; expected float32"
         )
     student = students.load(config.student, dist.device, seed=config.train.seed)
-    prompts = load_prompts(config.data, student.tokenizer)
-    resume.check_same_prompts(start, config, len(prompts), prompts.digest())
+    prompts = open_prompts(config.data, student.tokenizer, eos_token_ids=student.eos_token_ids)
+    resume.go_on_with_prompts(start, config, prompts)
     longest = _longest_tokens(config, student, prompts)
     options = ScoreOptions(
         top_k=needs.top_k, temperature=config.loss.teacher_temperature, value_type=config.teacher.value_type
@@ -243,6 +256,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
             dist=dist,
             student=student,
             prompts=prompts,
+            mix=Mix(config.data.on_policy_fraction, config.data.mix, config.train.seed),
             eval_prompts=_eval_prompts(config, student),
             sampler=make_sampler(config, student, {}),
             eval_sampler=make_sampler(config, student, _eval_settings(config)),
@@ -300,18 +314,19 @@ def _eval_prompts(config: TrainConfig, student: Student) -> Sequence[Prompt]:
         return ()
     if config.eval.data is None:
         raise ValueError("eval.every is set, but eval.data is not: name problems with answers (eval.data.source)")
-    prompts = load_prompts(config.eval.data, student.tokenizer, limit=config.eval.num_prompts).all()
+    source = load_prompts(config.eval.data, student.tokenizer, limit=config.eval.num_prompts)
+    prompts = source.all()
     without = [p.index for p in prompts if p.answer is None]
     if without:
         raise ValueError(
             f"eval.data: {len(without)} of {len(prompts)} problems have no answer, the first is {without[0]}"
         )
     new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    _refuse_too_long(prompts, new_tokens, student, "eval.max_new_tokens", "eval.data.max_prompt_tokens")
+    _refuse_too_long(source.longest.prompt, new_tokens, student, "eval.max_new_tokens", "eval.data.max_prompt_tokens")
     return prompts
 
 
-def _warnings(config: TrainConfig, prompts: PromptSource, needs: Needs) -> list[str]:
+def _warnings(config: TrainConfig, prompts: Prompts, needs: Needs) -> list[str]:
     """What is allowed, but should be known."""
     found = []
     top_k = config.teacher.top_k
@@ -321,8 +336,10 @@ def _warnings(config: TrainConfig, prompts: PromptSource, needs: Needs) -> list[
         and top_k not in (0, type(config.teacher).model_fields["top_k"].default)
     ):
         found.append(f"teacher.top_k is {top_k}, but {config.loss.objective} asks for the sampled token alone")
-    if prompts.num_dropped:
-        found.append(f"{prompts.num_dropped} prompts are longer than data.max_prompt_tokens and left out")
+    dropped = prompts.dropped()
+    for count, limit in ((dropped.prompts, "max_prompt_tokens"), (dropped.answers, "max_answer_tokens")):
+        if count and prompts.num_prompts is not None:
+            found.append(f"{count} prompts are left out for data.{limit}")
     rollout = config.rollout
     if rollout.is_truncated:
         names = [
@@ -334,17 +351,25 @@ def _warnings(config: TrainConfig, prompts: PromptSource, needs: Needs) -> list[
     return found
 
 
-def _longest_tokens(config: TrainConfig, student: Student, prompts: PromptSource) -> int:
+def _longest_tokens(config: TrainConfig, student: Student, prompts: Prompts) -> int:
     """Longest sequence that can come up in training."""
+    longest = prompts.longest
+    if student.max_tokens and longest.sequence > student.max_tokens:
+        key = "data.max_answer_tokens or data.seq_length"
+        raise ValueError(
+            f"the longest prompt with its fixed completion has {longest.sequence} tokens, the student has positions "
+            f"for {student.max_tokens}; lower {key}"
+        )
+    if config.data.on_policy_fraction == 0.0:
+        return longest.sequence
     new_tokens = config.rollout.max_new_tokens
-    return _refuse_too_long(prompts.all(), new_tokens, student, "rollout.max_new_tokens", "data.max_prompt_tokens")
+    sampled = _refuse_too_long(longest.prompt, new_tokens, student, "rollout.max_new_tokens", "data.max_prompt_tokens")
+    return max(sampled, longest.sequence)
 
 
-def _refuse_too_long(
-    prompts: Sequence[Prompt], new_tokens: int, student: Student, new_key: str, prompt_key: str
-) -> int:
+def _refuse_too_long(prompt_tokens: int, new_tokens: int, student: Student, new_key: str, prompt_key: str) -> int:
     """Length of the longest prompt with its completion; refused where the student has no positions for it."""
-    longest = max(len(p.token_ids) for p in prompts) + new_tokens
+    longest = prompt_tokens + new_tokens
     if student.max_tokens and longest > student.max_tokens:
         raise ValueError(
             f"the longest prompt and {new_key} make {longest} tokens, the student has positions for "

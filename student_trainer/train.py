@@ -7,10 +7,12 @@ from __future__ import annotations
 import torch
 
 from student_trainer import guards, metrics
+from student_trainer.data import fixed
 from student_trainer.losses import chunked, normalise
 from student_trainer.losses.mask import loss_mask
 from student_trainer.losses.rows import loss_rows
 from student_trainer.microbatch import pack
+from student_trainer.rollout.likely import with_likely_ids
 from student_trainer.run import Run
 from student_trainer.types import Metrics, Rollout, ScoredRollout
 
@@ -40,13 +42,17 @@ def train(run: Run) -> None:
 
 
 def sample(run: Run) -> list[Rollout]:
-    """This rank's completions of this step's prompts: those of prompt rows with row % world == rank."""
+    """This rank's samples of this step: of prompt rows with row % world == rank, drawn by the student or fixed data."""
     size, group = run.config.train.batch_size, run.config.rollout.group_size
     prompts = run.prompts.batch(run.step, size, run.config.train.seed)
     rows = [(row, member) for row in range(size) if run.dist.owns(row) for member in range(group)]
-    uids = [(run.step * size + row) * group + member for row, member in rows]
+    uids = {(run.step * size + row) * group + member: (prompts[row], member) for row, member in rows}
+    given = [fixed.rollout(*uids[uid], uid=uid) for uid in uids if run.mix.is_fixed(run.step, uid)]
+    own = [uid for uid in uids if not run.mix.is_fixed(run.step, uid)]
     with run.student.arithmetic():
-        return run.sampler.sample([prompts[row] for row, _ in rows], uids, keep_top_k=run.needs.student_top_k)
+        drawn = run.sampler.sample([uids[uid][0] for uid in own], own, keep_top_k=run.needs.student_top_k)
+        given = with_likely_ids(run.student, given, run.needs.student_top_k, run.config.train.micro_batch_tokens)
+    return sorted([*drawn, *given], key=lambda rollout: rollout.uid)
 
 
 def learn(run: Run, scored: list[ScoredRollout]) -> Metrics:

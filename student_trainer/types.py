@@ -18,6 +18,14 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
+class Fixed:
+    """A completion that came with its prompt, or that a teacher wrote."""
+
+    token_ids: IntArray  # [N], N > 0; with the end token where the text is complete
+    finish: Literal["eos", "length"]
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One problem put to the student."""
 
@@ -26,6 +34,7 @@ class Prompt:
     text: str = ""
     answer: str | None = None  # reference answer where the data has one; for evaluation and fixed data
     extra: dict[str, Any] = field(default_factory=dict)
+    fixed: tuple[Fixed, ...] = ()  # completions of fixed data; none where all training is on the student's own
     domain: str = ""  # name of the source in data.domains that it comes from; empty where there is one source
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from student_trainer.data.config import DataConfig
+from student_trainer.data.config import PLACE, PromptConfig
 from student_trainer.data.errors import DataError
 from student_trainer.types import Prompt
 from teacher_api.types import IntArray
@@ -28,7 +29,7 @@ class Renderer:
         DataError: a configured key is not in the first record, or the tokenizer lacks the chat template asked for.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any, first: Mapping[str, Any], where: str) -> None:
+    def __init__(self, config: PromptConfig, tokenizer: Any, first: Mapping[str, Any], where: str) -> None:
         self.config = config
         self.tokenizer = tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -40,32 +41,51 @@ class Renderer:
                 "data.add_generation_prompt: got false, but the tokenizer has no chat template; expected true, or a "
                 "tokenizer with one"
             )
-        self.question_key = config.prompt_key or config.question_key or _first_present(QUESTION_KEYS, first, where)
+        self.prompt_template = _template_of(config)
+        named = config.messages_key or config.prompt_key or config.question_key
+        self.question_key = named or _first_present(QUESTION_KEYS, first, where)
         self.answer_key = config.answer_key or (ANSWER_KEY if ANSWER_KEY in first else None)
 
-    def prompt(self, index: int, where: str, record: Mapping[str, Any]) -> Prompt:
+    def prompt(self, index: int, where: str, record: Mapping[str, Any], *, domain: str = "") -> Prompt:
         """The prompt of one record; `index` is its place in the source.
 
         Raises:
             DataError: a field is missing, isn't text, or renders to nothing.
         """
-        body = _field(record, self.question_key, where)
+        body = field_of(record, self.question_key, where)
+        if self.config.messages_key is not None:
+            return self._from_conversation(index, where, body, record, domain)
         if isinstance(body, list) and self.config.prompt_key is not None:
             text, token_ids = self._from_messages(_messages(body, f"{where}: field {self.question_key!r}"))
         else:
-            question = _string(body, self.question_key, where)
+            question = string_of(body, self.question_key, where)
             if not question.strip():
                 raise DataError(f"{where}: field {self.question_key!r} is empty")
             text, token_ids = self._from_question(question, self._system(record, where))
         if not len(token_ids):
             raise DataError(f"{where}: the prompt has no tokens")
-        return Prompt(index, token_ids, text, self._answer(record, where))
+        return Prompt(index, token_ids, text, self._answer(record, where), domain=domain)
+
+    def _from_conversation(self, index: int, where: str, body: Any, record: Mapping[str, Any], domain: str) -> Prompt:
+        place = f"{where}: field {self.question_key!r}"
+        if not isinstance(body, list):
+            raise DataError(f"{place} is {type(body).__name__}; expected a list of messages")
+        messages = _messages(body, place)
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        if last == 0:
+            raise DataError(f"{place}: no turn of the assistant after another; expected a question and its answer")
+        opening = messages[:last]
+        system = self._system(record, where)
+        if system and opening[0]["role"] != "system":
+            opening = [{"role": "system", "content": system}, *opening]
+        text, token_ids = self._from_messages(opening)
+        return Prompt(index, token_ids, text, messages[last]["content"], domain=domain)
 
     def _from_question(self, question: str, system: str | None) -> tuple[str, IntArray]:
         if self.config.prompt_key is not None:
             return question, self._encode(question, special_tokens=True)
         # Not str.format: braces are common in prompts (code, LaTeX) and must not be read as fields.
-        user = self.config.prompt_template.replace("{question}", question)
+        user = self.prompt_template.replace(PLACE, question)
         if not self.is_chat:
             text = f"{system}\n\n{user}" if system else user
             return text, self._encode(text, special_tokens=True)
@@ -100,21 +120,37 @@ class Renderer:
         key = self.config.system_key
         if key is None:
             return self.config.system_prompt
-        value = _field(record, key, where)
-        return self.config.system_prompt if value is None else _string(value, key, where)
+        value = field_of(record, key, where)
+        return self.config.system_prompt if value is None else string_of(value, key, where)
 
     def _answer(self, record: Mapping[str, Any], where: str) -> str | None:
         if self.answer_key is None:
             return None
         is_asked_for = self.config.answer_key is not None
-        value = _field(record, self.answer_key, where) if is_asked_for else record.get(self.answer_key)
+        value = field_of(record, self.answer_key, where) if is_asked_for else record.get(self.answer_key)
         # Numbers are natural answers; their shortest spelling is what a grader compares.
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
-        # Only evaluation reads answers, and says which problems have none: training needs prompts alone.
+        # Those who read answers say which problems have none: training on the student's own needs prompts alone.
         if value is None or not (is_asked_for or isinstance(value, str)):
             return None
-        return _string(value, self.answer_key, where)
+        return string_of(value, self.answer_key, where)
+
+
+def _template_of(config: PromptConfig) -> str:
+    """The prompt template, from its file where there is one."""
+    if not config.prompt_template_file:
+        return config.prompt_template
+    path = Path(config.prompt_template_file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
+    except OSError as error:
+        raise DataError(f"data.prompt_template_file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.prompt_template_file {path}: not UTF-8 text: {error.reason}") from None
+    if PLACE not in text:
+        raise DataError(f"data.prompt_template_file {path}: has no {PLACE}: the question would be lost")
+    return text
 
 
 def _first_present(keys: tuple[str, ...], record: Mapping[str, Any], where: str) -> str:
@@ -127,13 +163,15 @@ def _first_present(keys: tuple[str, ...], record: Mapping[str, Any], where: str)
     )
 
 
-def _field(record: Mapping[str, Any], key: str, where: str) -> Any:
+def field_of(record: Mapping[str, Any], key: str, where: str) -> Any:
+    """A field that must be there."""
     if key not in record:
         raise DataError(f"{where}: no field {key!r}; it has {_names(record)}")
     return record[key]
 
 
-def _string(value: Any, key: str, where: str) -> str:
+def string_of(value: Any, key: str, where: str) -> str:
+    """A field's value that must be text."""
     if not isinstance(value, str):
         hint = "; a list of messages goes in data.prompt_key" if isinstance(value, list) else ""
         raise DataError(f"{where}: field {key!r} is {type(value).__name__}; expected text{hint}")

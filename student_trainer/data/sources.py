@@ -1,11 +1,13 @@
 """One small reader per kind of source, each giving (where, record) pairs: `where` names the record in error messages,
-record is a mapping. Owns no keys, templates or tokens (render.py)."""
+record is a mapping. Files are read as they are asked for, never whole (a .json array excepted). Owns no keys, templates
+or tokens (render.py).
+"""
 
 from __future__ import annotations
 
 import csv
 import importlib
-import io
+import itertools
 import json
 import os
 import sys
@@ -13,74 +15,118 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from student_trainer.data.config import DataConfig
-from student_trainer.data.errors import DataError
+from student_trainer.data import hub
+from student_trainer.data.config import PromptConfig
+from student_trainer.data.errors import DataError, first_line
 
 Record = Mapping[str, Any]
 Records = Iterator[tuple[str, Record]]
+Opened = Callable[[int], Records]
+"""The records of a source from the n-th on, counted from 0; as often as wanted."""
 
 TEXT_KEY = "text"  # the field a line of a .txt file becomes
+BOM = b"\xef\xbb\xbf"
 
 
-def read(config: DataConfig) -> Records:
-    """The records of `config.source` in its own order.
+def read(config: PromptConfig) -> Records:
+    """The records of `config.source` in its own order; see `open_source`."""
+    return open_source(config)(0)
+
+
+def open_source(config: PromptConfig) -> Opened:
+    """What reads the records of `config.source` in its own order.
 
     Raises:
-        DataError: there is no such file, module, class or dataset; or its content can't be read.
+        DataError: there is no such file, module, class or dataset. Also raised while reading: content that can't be
+            read.
     """
     source = config.source
     if not source:
         raise DataError(
-            "data.source is not set; expected a file (.txt .jsonl .json .parquet .csv), a hub dataset id "
-            "`org/name`, or `package.module:Class`"
+            "data.source is not set; expected a file (.txt .jsonl .json .parquet .csv), a directory of them, a hub "
+            "dataset id `org/name`, or `package.module:Class`"
         )
-    reader = FILE_READERS.get(Path(source).suffix.lower())
-    if reader is not None or ":" in source:
+    path = Path(source).expanduser()
+    reader = FILE_READERS.get(path.suffix.lower())
+    if reader is not None or ":" in source or path.exists():
         _refuse_hub_options(config)
+    if path.is_dir():
+        return _limited(_in_order(_files_of(path)), config.limit)
     if reader is not None:
-        path = Path(source).expanduser()
         if not path.is_file():
             raise DataError(f"data.source {source}: no such file")
-        return reader(path)
-    if Path(source).expanduser().exists():
+        return _limited(_skipping(lambda: reader(path)), config.limit)
+    if path.exists():
         raise DataError(f"data.source {source}: unknown kind of file; expected one of {', '.join(FILE_READERS)}")
     if ":" in source:
-        return from_class(source)
+        return _limited(_skipping(lambda: from_class(source)), config.limit)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return from_hub(source, config.subset, config.split)
+        return _limited(hub.open_dataset(config), config.limit)
     raise DataError(
         f"data.source {source}: no such file, and neither a hub dataset id `org/name` nor `package.module:Class`"
     )
 
 
-def _refuse_hub_options(config: DataConfig) -> None:
-    for name in ("split", "subset"):
-        value, default = getattr(config, name), DataConfig.model_fields[name].default
+def _limited(opened: Opened, limit: int | None) -> Opened:
+    """Of the first `limit` records only."""
+    if limit is None:
+        return opened
+    return lambda start: itertools.islice(opened(start), max(limit - start, 0))
+
+
+def _skipping(fresh: Callable[[], Records]) -> Opened:
+    """For sources that can only be read from their beginning."""
+    return lambda start: itertools.islice(fresh(), start, None)
+
+
+def _in_order(files: list[Path]) -> Opened:
+    """One file after the other."""
+    return _skipping(lambda: (pair for file in files for pair in FILE_READERS[file.suffix.lower()](file)))
+
+
+def _files_of(directory: Path) -> list[Path]:
+    """The data files of a directory and of those below it, in the order of their paths."""
+    files = sorted(f for f in directory.rglob("*") if f.suffix.lower() in FILE_READERS and f.is_file())
+    kinds = sorted({file.suffix.lower() for file in files})
+    if len(kinds) != 1:
+        got = f"files of several kinds ({', '.join(kinds)})" if kinds else "none"
+        raise DataError(f"data.source {directory}: {got}; expected files of one kind, of {', '.join(FILE_READERS)}")
+    return files
+
+
+def _refuse_hub_options(config: PromptConfig) -> None:
+    for name in ("split", "subset", "local_files_only"):
+        value, default = getattr(config, name), PromptConfig.model_fields[name].default
         if value != default:
             raise DataError(
                 f"data.{name}: got {value!r} with data.source {config.source}, expected none: only a dataset of the "
-                f"hub (`org/name`) has a {name}"
+                f"hub (`org/name`) has {'a cache' if name == 'local_files_only' else f'a {name}'}"
             )
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # line ends as they are: quoted CSV fields may hold some
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 text, without their ends; only a line feed ends one."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = (line.removeprefix(BOM) if number == 1 else line).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start} of the line"
+                ) from None
+            yield number, text.removesuffix("\n").removesuffix("\r")
 
 
 def from_lines(path: Path) -> Records:
     """One prompt per line; empty lines are skipped."""
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        line = line.removesuffix("\r")
+    for number, line in _lines(path):
         if line.strip():
             yield f"{path}:{number}", {TEXT_KEY: line}
 
 
 def from_jsonl(path: Path) -> Records:
     """One JSON object per line; empty lines are skipped."""
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in _lines(path):
         if line.strip():
             where = f"{path}:{number}"
             yield where, _mapping(where, _parse_json(where, line))
@@ -88,7 +134,11 @@ def from_jsonl(path: Path) -> Records:
 
 def from_json(path: Path) -> Records:
     """A JSON array of objects, or an object with one field that holds such an array."""
-    value = _parse_json(str(path), _text(path))
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    value = _parse_json(str(path), text)
     if isinstance(value, dict):
         arrays = [name for name, field in value.items() if isinstance(field, list)]
         if len(arrays) != 1:
@@ -103,23 +153,30 @@ def from_json(path: Path) -> Records:
 
 def from_csv(path: Path) -> Records:
     """Comma-separated values with a header line; quoted fields may hold line ends."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        header = next(reader, None)
-        if header is None:
-            return
-        repeated = sorted({name for name in header if header.count(name) > 1})
-        if repeated:
-            raise DataError(f"{path}:1: column {repeated[0]!r} is there twice")
-        for row in reader:
-            if not row:
-                continue
-            where = f"{path}:{reader.line_num}"
-            if len(row) != len(header):
-                raise DataError(f"{where}: {len(row)} fields; the header has {len(header)}")
-            yield where, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: {error}") from None
+    with path.open(encoding="utf-8-sig", newline="") as file:  # line ends as they are: quoted fields may hold some
+        reader = csv.reader(file, strict=True)
+        try:
+            yield from _csv_rows(path, reader)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text after line {reader.line_num}: {error.reason}") from None
+
+
+def _csv_rows(path: Path, reader: Any) -> Records:
+    header = next(reader, None)
+    if header is None:
+        return
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path}:1: column {repeated[0]!r} is there twice")
+    for row in reader:
+        if not row:
+            continue
+        where = f"{path}:{reader.line_num}"
+        if len(row) != len(header):
+            raise DataError(f"{where}: {len(row)} fields; the header has {len(header)}")
+        yield where, dict(zip(header, row, strict=True))
 
 
 def from_parquet(path: Path) -> Records:
@@ -133,21 +190,7 @@ def from_parquet(path: Path) -> Records:
                 yield f"{path}[{rows}]", record
                 rows += 1
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file: {_first_line(error)}") from None
-
-
-def from_hub(name: str, subset: str | None, split: str) -> Records:
-    """A dataset of the hub, or of its local cache when offline."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"data.source {name} (subset {subset}, split {split}): {type(error).__name__}: {_first_line(error)}"
-        ) from error
-    for index, record in enumerate(rows):
-        yield f"{name}[{index}]", record
+        raise DataError(f"{path}: not a Parquet file: {first_line(error)}") from None
 
 
 def from_class(path: str) -> Records:
@@ -205,7 +248,3 @@ def _mapping(where: str, value: Any) -> Record:
 
 def _names(record: Record) -> str:
     return ", ".join(map(str, record)) or "none"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -60,7 +60,7 @@ class TorchSampler:
         self._model = model
         self._pad_token_id = 0 if pad_token_id is None else pad_token_id
         self._seed = seed
-        with _evaluating(model):
+        with evaluating(model):
             self.strategy: Strategy = choose(model, vocabulary_size)
 
     def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]:
@@ -68,7 +68,7 @@ class TorchSampler:
         jobs = [_Job(place, prompt, uid) for place, (prompt, uid) in enumerate(zip(prompts, uids, strict=True))]
         self._check(jobs)
         rollouts: list[Rollout | None] = [None] * len(jobs)
-        with _evaluating(self._model):
+        with evaluating(self._model):
             for batch in self._batches(jobs):
                 for job, rollout in zip(batch, self._sample_batch(batch, keep_top_k), strict=True):
                     rollouts[job.place] = rollout
@@ -219,7 +219,7 @@ class _DeviceRecord:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode, no gradients; every module gets its own mode back, so that a partly frozen model stays so."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -170,10 +170,10 @@ def test_overlong_prompts_stop_or_are_dropped_and_counted_but_never_cut(tmp_path
         load(tmp_path, records, tok, max_prompt_tokens=2)
     source = load(tmp_path, records, tok, max_prompt_tokens=2, overlong="drop")
     assert [(p.index, p.text) for p in source.all()] == [(0, "a"), (2, "b")]
-    assert source.num_dropped == 1
+    assert source.dropped().prompts == 1
     exact = len(load(tmp_path, records, tok).all()[1].token_ids)
     assert len(load(tmp_path, records, tok, max_prompt_tokens=exact)) == 3
-    with pytest.raises(DataError, match="all 1 prompts exceed 2 tokens"):
+    with pytest.raises(DataError, match=r"all 1 prompts exceed data\.max_prompt_tokens 2"):
         load(tmp_path, records[1:2], tok, max_prompt_tokens=2, overlong="drop")
 
 

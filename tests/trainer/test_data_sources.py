@@ -115,15 +115,15 @@ def test_a_class_is_found_where_the_user_stands(tmp_path: Path, monkeypatch: pyt
 def test_a_dataset_on_the_hub_is_asked_for_by_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked: list[tuple[str, str | None, str]] = []
+    asked: list[tuple[str, str | None, str, bool]] = []
 
-    def load_dataset(name: str, subset: str | None, split: str) -> Any:
-        asked.append((name, subset, split))
+    def load_dataset(name: str, subset: str | None, split: str, streaming: bool) -> Any:
+        asked.append((name, subset, split, streaming))
         return datasets.Dataset.from_list(RECORDS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     got = list(sources.read(DataConfig(source="org/name", subset="main", split="train[:3]")))
-    assert asked == [("org/name", "main", "train[:3]")]
+    assert asked == [("org/name", "main", "train[:3]", False)]
     assert [r for _, r in got] == RECORDS
     assert [where for where, _ in got] == ["org/name[0]", "org/name[1]", "org/name[2]"]
 
@@ -131,7 +131,7 @@ def test_a_dataset_on_the_hub_is_asked_for_by_subset_and_split(monkeypatch: pyte
 def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def load_dataset(name: str, subset: str | None, split: str) -> Any:
+    def load_dataset(name: str, subset: str | None, split: str, streaming: bool) -> Any:
         raise datasets.exceptions.DatasetNotFoundError("not on the hub\nnor in the cache")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -148,7 +148,7 @@ def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatc
         ("a.jsonl", b'{"question": "a"}\n{"question": }', "a.jsonl:2: not JSON: Expecting value at column 14"),
         ("a.jsonl", b'{"question": "a"}\n[1]', "a.jsonl:2: expected an object with named fields; got list"),
         ("a.jsonl", b'{"question": "a", "question": "b"}', "a.jsonl:1: field 'question' is there twice"),
-        ("a.jsonl", b'{"question": "\xff"}', "a.jsonl: not UTF-8 text: invalid start byte at byte 14"),
+        ("a.jsonl", b'{"question": "\xff"}', "a.jsonl:1: not UTF-8 text: invalid start byte at byte 14 of the line"),
         ("a.json", b'[{"question": "a"},\n nope]', "a.json: not JSON: Expecting value at line 2 column 2"),
         ("a.json", b'{"a": [], "b": []}', "expected an array of objects; got an object with fields a, b"),
         ("a.json", b"3", "a.json: expected an array of objects; got int"),
