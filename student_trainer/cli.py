@@ -36,6 +36,7 @@ SHORTCUTS = {
 }
 SWITCHES = {
     "print_config": "print the resolved configuration as YAML and exit",
+    "print_prompts": "print the prompts as the student is shown them, a JSON line each, for teacher-generate, and exit",
     "dry_run": "load everything, shake hands, score one sequence, measure the memory of the largest micro-batch, print "
     "the plan and exit; writes nothing",
     "accept_new_teacher": "go on with a teacher other than the one this run began with",
@@ -73,12 +74,26 @@ def run(arguments: Sequence[str]) -> int:
     if "print_config" in extras:
         print(settings.dump_yaml(config), end="")
         return 0
+    if "print_prompts" in extras:
+        return _print_prompts(config)
     if "accept_new_teacher" in extras:
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"accept_new_teacher": True})})
     if "accept_new_prompts" in extras:
         accepting = config.checkpoint.model_copy(update={"accept_new_prompts": True})
         config = config.model_copy(update={"checkpoint": accepting})
     return _start(Command(config, tuple(arguments), "dry_run" in extras))
+
+
+def _print_prompts(config: TrainConfig) -> int:
+    from student_trainer import student
+    from student_trainer.data.export import prompt_lines
+
+    try:
+        for line in prompt_lines(config.data, student.load_tokenizer(config.student)):
+            print(line)
+    except ValueError as error:
+        return _say(error, UNUSABLE)
+    return 0
 
 
 def _start(command: Command) -> int:
@@ -132,7 +147,7 @@ def _rank(command: Command, url: str = "") -> int:
                 return 0
             for warning in prepared.warnings:
                 prepared.console.say(f"warning: {warning}")
-            if prepared.step == config.train.steps:
+            if prepared.step == prepared.config.train.steps:
                 prepared.console.say(f"all {prepared.step} steps are done already: {prepared.start.checkpoint}")
             with guards.told_once(dist, _exit_code):
                 prepared.begin()

@@ -4,6 +4,7 @@ checks that concern several of them. The defaults written here and there are the
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -63,6 +64,9 @@ class TrainSection(Section):
 
     steps: int = Field(1000, ge=1)
     """Optimizer steps of the whole run. A run may be lengthened later where optim.schedule is constant."""
+    epochs: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """Passes over the prompts instead of train.steps, rounded up to whole steps; with train.steps given as well:
+    whichever ends first. 0: train.steps alone. For one source whose size is known."""
     batch_size: int = Field(32, ge=1)
     """Prompts per step, over all processes; each is sampled rollout.group_size times."""
     micro_batch_tokens: int = Field(16_384, ge=1)
@@ -117,7 +121,7 @@ class TrainConfig(Section):
             raise ValueError(
                 f"expected one of teacher.url (--teacher-url) and teacher.model (--teacher-model), got {got}"
             )
-        if self.optim.warmup_steps > self.train.steps:
+        if self.optim.warmup_steps > self.train.steps and not self.train.epochs:
             raise ValueError(
                 f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps {self.train.steps}"
             )
@@ -131,6 +135,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"optim.muon_learning_rate: got {self.optim.muon_learning_rate} with optim.name {self.optim.name}, "
                 "expected none: it is muon's"
+            )
+        if self.train.epochs and (self.data.domains or self.data.streaming):
+            raise ValueError(
+                f"train.epochs: got {self.train.epochs:g} with {'data.domains' if self.data.domains else 'streaming'}, "
+                "expected train.steps: nobody knows how long an epoch is"
             )
         self._nothing_of_sampling_where_nothing_is_sampled()
         if self.eval.data is not None and "every" not in self.eval.model_fields_set:
@@ -167,8 +176,8 @@ FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
         "compression",
     ),
     "train": (
-        "steps", "micro_batch_tokens", "micro_batch_size", "loss_chunk_rows", "output_dir", "num_processes", "threads",
-        "max_bad_steps", "strategy", "cpu_offload",
+        "steps", "epochs", "micro_batch_tokens", "micro_batch_size", "loss_chunk_rows", "output_dir", "num_processes",
+        "threads", "max_bad_steps", "strategy", "cpu_offload",
     ),
     "eval": (),
     "checkpoint": ("save_every", "keep_last", "resume", "accept_new_prompts"),
@@ -176,6 +185,20 @@ FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Keys that may differ when a run goes on: where things are, how fast, how long. All others define the experiment. (The
 teacher itself is held by its fingerprint.)"""
+
+
+ROUNDING = 1e-9
+"""What epochs · prompts / batch may be over a whole number by for being no binary fraction."""
+
+
+def steps_of_epochs(config: TrainConfig, num_prompts: int) -> TrainConfig:
+    """`config` with train.steps as train.epochs make them."""
+    steps = max(1, math.ceil(config.train.epochs * num_prompts / config.train.batch_size - ROUNDING))
+    if "steps" in config.train.model_fields_set:
+        steps = min(steps, config.train.steps)
+    if config.optim.warmup_steps > steps:
+        raise ValueError(f"optim.warmup_steps is {config.optim.warmup_steps}, more than the {steps} of train.epochs")
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 
 def experiment(config: TrainConfig) -> dict[str, Any]:

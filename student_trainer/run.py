@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from student_trainer import checkpoint, guards, metrics, resume, scoring
 from student_trainer import student as students
-from student_trainer.config import TrainConfig
+from student_trainer.config import TrainConfig, steps_of_epochs
 from student_trainer.console import Console
 from student_trainer.data import Prompts, load_prompts, open_prompts
 from student_trainer.data.fixed import Mix
@@ -225,7 +225,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
         ValueError: a family of one-line refusals: student, data, output directory, handshake.
         TeacherGone, TeacherError, CheckpointError: the teacher or the checkpoint can't be used.
     """
-    start = resume.find_start(config)
+    start = None if config.train.epochs else resume.find_start(config)
     check_installed(config.tracking)
     objective = build(config.loss)
     needs = objective.needs(config.teacher.top_k)
@@ -236,6 +236,9 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
         )
     student = students.load(config.student, dist.device, seed=config.train.seed)
     prompts = open_prompts(config.data, student.tokenizer, eos_token_ids=student.eos_token_ids)
+    if config.train.epochs:
+        config = steps_of_epochs(config, prompts.num_prompts or 0)
+    start = start or resume.find_start(config)
     resume.go_on_with_prompts(start, config, prompts)
     longest = _longest_tokens(config, student, prompts)
     options = ScoreOptions(

@@ -109,7 +109,7 @@ def load(config: StudentConfig, device: torch.device, *, seed: int = 0) -> Stude
     import transformers
 
     with _quiet(transformers):
-        tokenizer = _tokenizer(config)
+        tokenizer = load_tokenizer(config)
         model = load_pretrained("student.model", config.model, config.revision, config.model_class)
         _form(model, config, seed)
     model.to(device)
@@ -136,7 +136,8 @@ def load(config: StudentConfig, device: torch.device, *, seed: int = 0) -> Stude
     )
 
 
-def _tokenizer(config: StudentConfig) -> Any:
+def load_tokenizer(config: StudentConfig) -> Any:
+    """The student's tokenizer alone. Raises StudentError where there is none."""
     import transformers
 
     try:

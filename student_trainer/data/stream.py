@@ -46,6 +46,7 @@ class StreamSource(Prompts):
         self.longest = longest
         self._windows = [Window(0, 0, 0, Position(), Dropped())]  # by place, ascending; not all have been read
         self._reader: Reader | None = None
+        self._ordered: tuple[int, npt.NDArray[np.int64]] | None = None  # seed and order of the current window
         self._read(self._windows[0])
         if not self._held:
             raise DataError(nothing_left(source.config, self.dropped()))
@@ -130,7 +131,7 @@ class StreamSource(Prompts):
             if len(held) == self._buffer:
                 break
         self._at, self._held = window, held
-        self._ordered: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._ordered = None
         self._reader_dropped = Dropped(reader.dropped.prompts - before.prompts, reader.dropped.answers - before.answers)
         if window.place > self._windows[-1].place:
             self._windows.append(window)

@@ -37,14 +37,13 @@ def with_likely_ids(
     with evaluating(student.model):
         for batch in pack(lengths, micro_batch_tokens):
             members = [rollouts[i] for i in batch]
-            hidden_NH = student.hidden_rows(members)
             ids_NK = torch.cat(
                 [
                     most_likely(student.head(rows_NH), keep_top_k, vocabulary_size=student.vocabulary_size)
-                    for rows_NH in hidden_NH.split(ROWS)
+                    for rows_NH in torch.split(student.hidden_rows(members), ROWS)
                 ]
             ).cpu()
-            pieces = ids_NK.split([r.num_tokens for r in members])
+            pieces = torch.split(ids_NK, [r.num_tokens for r in members])
             kept += [
                 dataclasses.replace(r, student_topk_ids=ids.numpy()) for r, ids in zip(members, pieces, strict=True)
             ]
