@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +26,10 @@ from teacher_api.settings import Section
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "trainer_state.json", "optimizer.safetensors"
+CARD, BEST = "README.md", "best"
+EVAL_PREFIX = "eval_"
+EVAL_METRICS = ("eval_accuracy", "eval_low", "eval_high")
+"""What an evaluation adds to metrics.jsonl."""
 DISK_ERRORS = (OSError, SafetensorError)
 """How a disk's refusal shows: safetensors has its own exception for it."""
 
@@ -34,11 +39,33 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep_last: int = Field(2, ge=1)
     """How many of the newest stay on disk."""
+    keep_top_k: int = Field(1, ge=0)
+    """How many of the best by `metric` stay as well; checkpoints/best points at the best one. Only checkpoints of steps
+    at which the metric was measured have a place among them: by default those of evaluated steps."""
+    metric: str = "eval_accuracy"
+    """A metric of metrics.jsonl: one of an evaluation, or of the training step that the checkpoint follows."""
+    mode: Literal["max", "min"] = "max"
+    """Whether a high or a low `metric` is good."""
     resume: str = "auto"
     """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: refuse to run where one
     is; or the path of a checkpoint of another run to begin from, in an output_dir of its own."""
     accept_new_prompts: bool = False
     """Go on although the prompts are not those this run was trained on so far. Off, that is refused."""
+
+    @model_validator(mode="after")
+    def _metric_is_known(self) -> Self:
+        if self.metric.startswith(EVAL_PREFIX) and self.metric not in EVAL_METRICS:
+            raise ValueError(
+                f"metric: got {self.metric!r}, expected one of {', '.join(EVAL_METRICS)}, or a metric of "
+                "the training steps"
+            )
+        if self.keep_top_k == 0:
+            for name in ("metric", "mode"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name}: got {getattr(self, name)!r} with keep_top_k 0, expected none: nothing is ranked"
+                    )
+        return self
 
 
 class CheckpointError(RuntimeError):
@@ -88,13 +115,16 @@ def save(
     return final
 
 
-def export(path: Path, *, model: Saveable, tokenizer: Saveable | None) -> Path:
-    """Writes model and tokenizer alone, as a Hugging Face directory that plain transformers loads. Atomic as `save`."""
+def export(path: Path, *, model: Saveable, tokenizer: Saveable | None, card: str = "") -> Path:
+    """Writes model and tokenizer alone, as a Hugging Face directory that plain transformers loads, with a model card
+    if there is one. Atomic as `save`."""
     partial = path.with_name(f".partial-{path.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_model(partial, model, tokenizer)
+        if card:
+            (partial / CARD).write_text(card)
         _flush(partial)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
@@ -105,13 +135,52 @@ def export(path: Path, *, model: Saveable, tokenizer: Saveable | None) -> Path:
     return path
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Deletes all but the `keep_last` newest checkpoints."""
+def prune(run_dir: Path, config: CheckpointConfig) -> None:
+    """Points `best` at the best checkpoint and deletes all but the newest and the best, as `config` says how many.
+
+    Raises:
+        CheckpointError: the disk refused. What is kept is untouched.
+    """
     root = run_dir / "checkpoints"
-    for path in _steps(root)[keep_last:]:
-        trash = root / f".old-{path.name}"
-        path.rename(trash)
-        shutil.rmtree(trash)
+    best = ranked(run_dir, config.metric, config.mode)[: config.keep_top_k]
+    try:
+        if best:
+            link = root / f".partial-{BEST}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(best[0][1].name)
+            link.replace(root / BEST)
+        elif (root / BEST).is_symlink():
+            (root / BEST).unlink()  # of another metric
+        kept = {path for _, path in best}
+        for path in _steps(root)[config.keep_last :]:
+            if path not in kept:
+                trash = root / f".old-{path.name}"
+                path.rename(trash)
+                shutil.rmtree(trash)
+    except OSError as error:
+        raise CheckpointError(f"can't tidy {root}: {error}; its checkpoints are whole") from error
+
+
+def require_measured(config: CheckpointConfig, figures: Mapping[str, float]) -> None:
+    """Raises ValueError where the checkpoints are to be ranked by something that no step measures."""
+    if config.keep_top_k and not config.metric.startswith(EVAL_PREFIX) and config.metric not in figures:
+        raise ValueError(
+            f"checkpoint.metric: got {config.metric!r}, expected {', '.join(EVAL_METRICS)} or one of "
+            f"{', '.join(sorted(figures))}"
+        )
+
+
+def ranked(run_dir: Path, metric: str, mode: Literal["max", "min"]) -> list[tuple[float, Path]]:
+    """(value, checkpoint) of those at whose step `metric` was measured, best first; of equal ones the earlier."""
+    found = []
+    for path in reversed(_steps(run_dir / "checkpoints")):
+        try:
+            value = json.loads((path / STATE).read_text())["figures"].get(metric)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # damaged
+        if value is not None:
+            found.append((float(value), path))
+    return sorted(found, key=lambda pair: pair[0], reverse=mode == "max")
 
 
 def find_latest(run_dir: Path) -> Path | None:
@@ -204,7 +273,10 @@ def _steps(root: Path) -> list[Path]:
 
 def _remove_leftovers(root: Path) -> None:
     for path in (*root.glob(".partial-*"), *root.glob(".old-*")):
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

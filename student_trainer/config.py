@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from student_trainer.checkpoint import CheckpointConfig
+from student_trainer.alarms import GuardsConfig
+from student_trainer.checkpoint import EVAL_PREFIX, CheckpointConfig
 from student_trainer.data.config import DataConfig
 from student_trainer.evaluate import EvalConfig
 from student_trainer.forms.config import LoraConfig, check_freeze
@@ -108,6 +109,7 @@ class TrainConfig(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = Field(default_factory=GuardsConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
@@ -125,6 +127,18 @@ class TrainConfig(Section):
             raise ValueError(
                 f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps {self.train.steps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_ranked_by_what_is_measured(self) -> TrainConfig:
+        if self.checkpoint.metric.startswith(EVAL_PREFIX) and not self.eval.every:
+            for name in ("keep_top_k", "mode"):
+                got = getattr(self.checkpoint, name)
+                if got not in (0, type(self.checkpoint).model_fields[name].default):
+                    raise ValueError(
+                        f"checkpoint.{name}: got {got!r} with checkpoint.metric {self.checkpoint.metric}, which needs "
+                        "evaluations; expected eval.every above 0, or a metric of the training steps such as loss"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -180,7 +194,8 @@ FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
         "threads", "max_bad_steps", "strategy", "cpu_offload",
     ),
     "eval": (),
-    "checkpoint": ("save_every", "keep_last", "resume", "accept_new_prompts"),
+    "checkpoint": ("*",),
+    "guards": ("*",),
     "tracking": ("*",),
 }  # fmt: skip
 """Keys that may differ when a run goes on: where things are, how fast, how long. All others define the experiment. (The

@@ -5,6 +5,7 @@ counted, and a request to stop (SIGTERM, SIGINT) is obeyed where the weights are
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
@@ -85,11 +86,12 @@ def told_once(dist: Distributed, exit_code: Callable[[Exception], int]) -> Itera
 
 
 class BadSteps:
-    """Counts steps in a row that had to be skipped."""
+    """Counts steps that had to be skipped: in a row, and in all."""
 
-    def __init__(self, limit: int, in_a_row: int = 0) -> None:
+    def __init__(self, limit: int, in_a_row: int = 0, total: int = 0) -> None:
         self._limit = limit
         self.in_a_row = in_a_row
+        self.total = total
 
     def good(self) -> None:
         self.in_a_row = 0
@@ -97,6 +99,7 @@ class BadSteps:
     def bad(self, step: int, reason: str) -> None:
         """Raises TrainingError where this is the `limit`-th bad step in a row."""
         self.in_a_row += 1
+        self.total += 1
         if self.in_a_row >= self._limit:
             raise TrainingError(
                 f"step {step}: {self.in_a_row} steps in a row without a finite loss and gradient (train.max_bad_steps "
@@ -104,16 +107,31 @@ class BadSteps:
             )
 
 
-def locate_non_finite(hidden_NH: Tensor, rollouts: Sequence[Rollout]) -> str:
-    """Names the first sample and position whose hidden state is not finite, or says that none is."""
-    bad = (~hidden_NH.detach().isfinite().all(dim=-1)).nonzero().flatten()
-    if not len(bad):
-        return f"samples {rollouts[0].uid} to {rollouts[-1].uid}: hidden states are finite, the loss is not"
-    row = int(bad[0])
+def locate_non_finite(loss: float, hidden_NH: Tensor, rollouts: Sequence[Rollout]) -> str:
+    """Names the first sample and position whose hidden state, or the loss's gradient with respect to it, is not finite;
+    empty where these and the loss are.
+
+    Args:
+        hidden_NH: after the backward pass, its gradient retained (`retain_grad`).
+    """
+    for what, rows_NH in (("hidden state", hidden_NH.detach()), ("loss or its gradient", hidden_NH.grad)):
+        if rows_NH is None:
+            continue
+        bad = (~rows_NH.isfinite().all(dim=-1)).nonzero().flatten()
+        if len(bad):
+            return f"{_place(int(bad[0]), rollouts)}: the student's {what} is not finite"
+    if math.isfinite(loss):
+        return ""
+    return f"samples {rollouts[0].uid} to {rollouts[-1].uid}: the loss is not finite, all hidden states are"
+
+
+def _place(row: int, rollouts: Sequence[Rollout]) -> str:
+    """Of hidden row `row` of all completion tokens of `rollouts`, one after the other."""
     for rollout in rollouts:
         if row < rollout.num_tokens:
-            position = len(rollout.prompt.token_ids) + row
-            return f"sample {rollout.uid}, position {position}: the student's hidden state is not finite"
+            return (
+                f"prompt {rollout.prompt.index}, sample {rollout.uid}, position {len(rollout.prompt.token_ids) + row}"
+            )
         row -= rollout.num_tokens
     raise AssertionError("more hidden rows than completion tokens")
 

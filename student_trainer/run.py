@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from student_trainer import checkpoint, guards, metrics, resume, scoring
+from student_trainer import checkpoint, guards, metrics, model_card, resume, scoring
 from student_trainer import student as students
+from student_trainer.alarms import Alarms
 from student_trainer.config import TrainConfig, steps_of_epochs
 from student_trainer.console import Console
 from student_trainer.data import Prompts, load_prompts, open_prompts
@@ -25,7 +26,7 @@ from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.choose import choose
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student
-from student_trainer.tracking import Tracker, check_installed
+from student_trainer.tracking import METRICS_FILE, Tracker, check_installed, read_metrics
 from student_trainer.types import Metrics, Prompt, ScoredRollout
 from teacher_api.types import ScoreOptions, TeacherInfo
 
@@ -52,6 +53,7 @@ class Run:
     needs: Needs
     strategy: Replicated
     bad_steps: guards.BadSteps
+    alarms: Alarms
     stop: guards.StopSignals
     console: Console
     start: resume.Start
@@ -63,6 +65,7 @@ class Run:
     tokens: int = 0  # completion tokens trained on so far
     evaluated_at: int = -1
     saved_at: int = -1
+    figures: Metrics = field(default_factory=dict)  # of the step that `step` counts, its evaluation included
 
     @property
     def optimizer(self) -> Optimizer:
@@ -102,9 +105,16 @@ class Run:
         """Metrics of the step that `step` now counts, reduced over ranks, to the console and the trackers."""
         figures = metrics.of_rollouts(scored, self.dist.sum_metrics)
         self.tokens += int(figures["tokens"])
-        figures = {**learned, **figures, "total_tokens": float(self.tokens), **clock.read()}
+        figures = {**learned, **figures, "total_tokens": float(self.tokens)}
         if any(source.overlong == "drop" for source in self.config.data.sources):
             figures["dropped_prompts"] = float(self.prompts.dropped().total)
+        figures["total_skipped"] = float(self.bad_steps.total)
+        alarms, begun = self.alarms.look(figures)
+        figures = {**figures, **alarms, **clock.read()}
+        checkpoint.require_measured(self.config.checkpoint, figures)
+        self.figures = figures
+        for alarm in begun:
+            self.console.say(f"step {self.step}: warning: {alarm}")
         if self.step % self.config.tracking.log_every == 0 or self.step == self.config.train.steps:
             self._log(figures)
         self.console.step(self.step, figures)
@@ -123,11 +133,16 @@ class Run:
             if self.dist.is_main:
                 result = self._evaluate()
         if result is not None:  # outside: a stop between line and note would have it written twice
-            self._log({"eval_accuracy": result.accuracy, "eval_low": result.low, "eval_high": result.high})
+            evaluated = {"eval_accuracy": result.accuracy, "eval_low": result.low, "eval_high": result.high}
+            self.figures = {**self.figures, **evaluated}
+            self._log(evaluated)
             self.console.say(
                 f"step {step}: accuracy {result.accuracy:.1%} ({result.low:.1%}…{result.high:.1%}, n = {result.num})"
             )
         self.evaluated_at = step
+        if self.saved_at == step:  # stopped in this evaluation: its checkpoint does not know the outcome
+            self.saved_at = -1
+            self.checkpoint()
 
     def checkpoint_if_due(self) -> None:
         every = self.config.checkpoint.save_every
@@ -138,18 +153,25 @@ class Run:
         """Writes the state after `step` steps, unless that is on disk already."""
         if self.saved_at == self.step:
             return
+        failure: Exception | None = None
         optimizer = self.optimizer.gathered()
         with self.strategy.whole(main_only=True, on_host=True):
             if self.dist.is_main:
-                self._save(optimizer)
+                try:
+                    self._save(optimizer)
+                except checkpoint.CheckpointError as error:  # the others wait to hear how it went
+                    failure = error
         self.saved_at = self.step
-        self.dist.barrier()
+        guards.agree(self.dist, failure)
 
     def _save(self, optimizer: StateSource) -> None:
         state = {
             "tokens": self.tokens,
             "evaluated_at": self.evaluated_at,
             "bad_steps": self.bad_steps.in_a_row,
+            "total_skipped": self.bad_steps.total,
+            "alarms": self.alarms.state(),
+            "figures": {k: v for k, v in self.figures.items() if metrics.finite(v) and "seconds" not in k},
             "teacher_fingerprint": self.teacher.fingerprint,
             "prompts": self._prompts_state(),
             "world": self.dist.world,
@@ -162,7 +184,7 @@ class Run:
             optimizer=optimizer,
             state=state,
         )
-        checkpoint.prune(self.run_dir, self.config.checkpoint.keep_last)
+        checkpoint.prune(self.run_dir, self.config.checkpoint)
 
     @contextlib.contextmanager
     def whole_or_not_at_all(self) -> Iterator[None]:
@@ -193,9 +215,10 @@ class Run:
         """The final student, as a directory that plain transformers loads; its adapters, too, in one beside it."""
         with self.strategy.whole(main_only=True, on_host=True):
             if self.dist.is_main:
+                card = model_card.render(self.config, self.teacher, read_metrics(self.run_dir / METRICS_FILE))
                 for suffix, model in self.student.exports().items():
                     directory = self.run_dir / (resume.FINAL + suffix)
-                    checkpoint.export(directory, model=model, tokenizer=self.student.tokenizer)
+                    checkpoint.export(directory, model=model, tokenizer=self.student.tokenizer, card=card)
         self.dist.barrier()
 
     def close(self) -> None:
@@ -268,13 +291,19 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
             objective=objective,
             needs=needs,
             strategy=strategy,
-            bad_steps=guards.BadSteps(config.train.max_bad_steps, int(start.state.get("bad_steps", 0))),
+            bad_steps=guards.BadSteps(
+                config.train.max_bad_steps,
+                int(start.state.get("bad_steps", 0)),
+                int(start.state.get("total_skipped", 0)),
+            ),
+            alarms=Alarms(config.guards, start.state.get("alarms")),
             stop=stop,
             console=Console(is_main=dist.is_main, total_steps=config.train.steps, first_step=start.step),
             start=start,
             warnings=warnings,
             longest_tokens=longest,
             step=start.step,
+            figures=dict(start.state.get("figures", {})),
             tokens=int(start.state.get("tokens", 0)),
             evaluated_at=int(start.state.get("evaluated_at", -1)),
             saved_at=start.step if start.checkpoint else -1,

@@ -14,7 +14,14 @@ from student_trainer.losses.base import Needs
 from student_trainer.teachers.config import TeacherConfig
 from student_trainer.types import Rollout, ScoredRollout
 from teacher_api.client import TeacherClient
-from teacher_api.errors import DeadlineExceeded, FingerprintMismatch, TeacherError, Unsupported
+from teacher_api.errors import (
+    CorruptResponse,
+    DeadlineExceeded,
+    FingerprintMismatch,
+    InvalidBackendOutput,
+    TeacherError,
+    Unsupported,
+)
 from teacher_api.info import UNVERIFIED, explain_difference, tokenizer_fingerprint
 from teacher_api.openai_info import OpenAIOptions, differences
 from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, Scores, TeacherInfo
@@ -179,7 +186,7 @@ class TeacherScorer:
         Raises:
             TeacherGone: the teacher stayed away past its budget.
             TeacherError: it refused (a typed error of the contract).
-            ScoreError: an answer is missing, doubled, or not finite.
+            ScoreError: an answer is missing, doubled, or not finite, or was withheld each time as not finite.
         """
         if not rollouts:
             return []
@@ -262,7 +269,11 @@ def _checked(rollout: Rollout, scores: Scores, options: ScoreOptions) -> Scores:
 
 
 def _classified(error: TeacherError, url: str, seconds: float) -> Exception:
-    """What a failed call means for the run: a teacher that is away, another teacher, or a refusal as it is."""
+    """What a failed call means for the run: a teacher that is away, one whose numbers are broken, another teacher, or a
+    refusal as it is."""
+    if isinstance(error, InvalidBackendOutput | CorruptResponse):
+        asked = f", request {error.request_id}" if error.request_id else ""
+        return ScoreError(f"the teacher at {url} gives no usable scores, for {seconds:.0f} s{asked}: {error}")
     if error.retryable or isinstance(error, DeadlineExceeded):
         return TeacherGone(url, seconds, error)
     if isinstance(error, FingerprintMismatch):

@@ -103,8 +103,9 @@ def accumulate(run: Run, scored: list[ScoredRollout]) -> tuple[float, Metrics, s
         weights_N = torch.cat([torch.from_numpy(weights[i]) for i in batch])
         run.student.seed_dropout(config.train.seed, rollouts[0].uid)
         hidden_NH = run.student.hidden_rows(rollouts)
+        if hidden_NH.requires_grad:
+            hidden_NH.retain_grad()  # for guards.locate_non_finite
         loss, partial = chunked.backward(run.student.head, hidden_NH, run.objective, rows, weights_N, run.chunk_rows)
         metrics.add(sums, {"loss": loss, **partial})
-        if not trouble and not metrics.finite(loss):
-            trouble = guards.locate_non_finite(hidden_NH, rollouts)
+        trouble = trouble or guards.locate_non_finite(loss, hidden_NH, rollouts)
     return float(global_counts[0]), sums, trouble

@@ -33,10 +33,23 @@ def trained(arch: str = "qwen3", seed: int = 0) -> tuple[Any, Optimizer]:
     return model, optimizer
 
 
-def save(run_dir: Path, step: int, model: Any, optimizer: Optimizer) -> Path:
+def save(run_dir: Path, step: int, model: Any, optimizer: Optimizer, **figures: float) -> Path:
     return checkpoint.save(
-        run_dir, step, model=model, tokenizer=tiny_tokenizer(), optimizer=optimizer, state={"fingerprint": "abc"}
+        run_dir,
+        step,
+        model=model,
+        tokenizer=tiny_tokenizer(),
+        optimizer=optimizer,
+        state={"fingerprint": "abc", "figures": figures},
     )
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+SAVED = trained()
+"""For tests that look at names alone."""
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
@@ -93,6 +106,33 @@ def test_a_damaged_checkpoint_is_never_chosen(damage: str, tmp_path: Path) -> No
         checkpoint.read_state(later)
 
 
+def test_an_fsync_that_fails_is_a_checkpoint_that_was_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever flush it is: of a file, of the partial directory, or of the one that holds the checkpoints."""
+    model, optimizer = trained()
+    earlier = save(tmp_path, 1, model, optimizer)
+    flush, calls = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(descriptor) or flush(descriptor))
+    save(tmp_path, 2, model, optimizer)
+    for failing in range(len(calls)):
+        left = iter(range(len(calls)))
+
+        def refuse(descriptor: int, left: Any = left, failing: int = failing) -> None:
+            if next(left) == failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            flush(descriptor)
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        step = 3 + failing
+        with pytest.raises(checkpoint.CheckpointError, match=rf"step-0*{step}: .*Input/output error"):
+            save(tmp_path, step, model, optimizer)
+        assert checkpoint.problems(earlier) == ""
+        latest = checkpoint.find_latest(tmp_path)
+        assert latest is not None
+        assert checkpoint.read_state(latest)["step"] in (2, step)  # the last flush is of a name that is there
+
+
 @pytest.mark.parametrize("failing", ["save_file", "_flush", "_flush_directory"])
 def test_a_disk_that_refuses_leaves_the_previous_checkpoint(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -135,9 +175,72 @@ def test_the_same_step_can_be_saved_again_and_old_ones_are_pruned(tmp_path: Path
     model, optimizer = trained()
     for step in (1, 2, 3, 3):
         last = save(tmp_path, step, model, optimizer)
-    checkpoint.prune(tmp_path, keep_last=2)
+    checkpoint.prune(tmp_path, checkpoint.CheckpointConfig(keep_last=2))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     assert checkpoint.find_latest(tmp_path) == last
+
+
+VALUES = {1: 0.3, 2: 0.5, 3: None, 4: 0.5, 5: 0.1, 6: None}
+"""A metric by step; None: not measured there."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "best"),
+    [
+        ({"keep_last": 1, "keep_top_k": 0}, [6], None),
+        ({"keep_last": 1}, [2, 6], 2),
+        ({"keep_last": 1, "keep_top_k": 2}, [2, 4, 6], 2),  # of equal ones the earlier is the better
+        ({"keep_last": 2, "keep_top_k": 3}, [1, 2, 4, 5, 6], 2),
+        ({"keep_last": 1, "keep_top_k": 9}, [1, 2, 4, 5, 6], 2),
+        ({"keep_last": 1, "mode": "min"}, [5, 6], 5),
+        ({"keep_last": 2, "keep_top_k": 2, "mode": "min"}, [1, 5, 6], 5),
+        ({"keep_last": 1, "metric": "loss"}, [6], None),
+    ],
+)
+def test_the_newest_and_the_best_stay(
+    settings: dict[str, Any], kept: list[int], best: int | None, tmp_path: Path
+) -> None:
+    config = checkpoint.CheckpointConfig.model_validate(settings)
+    for step, value in VALUES.items():
+        save(tmp_path, step, *SAVED, **({} if value is None else {"eval_accuracy": value}))
+        checkpoint.prune(tmp_path, config)
+    steps = [f"step-{step:08d}" for step in kept]
+    assert names(tmp_path) == ([] if best is None else ["best"]) + steps
+    if best is not None:
+        assert (tmp_path / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
+        assert checkpoint.problems(tmp_path / "checkpoints" / "best") == ""
+
+
+def test_best_moves_on_and_goes_with_its_metric(tmp_path: Path) -> None:
+    best = tmp_path / "checkpoints" / "best"
+    for step, value in ((1, 0.2), (2, 0.4), (3, 0.3)):
+        save(tmp_path, step, *SAVED, eval_accuracy=value, loss=value)
+        checkpoint.prune(tmp_path, checkpoint.CheckpointConfig(keep_last=1))
+    assert best.resolve().name == "step-00000002"
+    AutoModelForCausalLM.from_pretrained(best)
+    checkpoint.prune(tmp_path, checkpoint.CheckpointConfig(keep_last=1, metric="loss", mode="min"))
+    assert (best.resolve().name, names(tmp_path)) == ("step-00000003", ["best", "step-00000003"])
+    checkpoint.prune(tmp_path, checkpoint.CheckpointConfig(keep_last=1, metric="delta"))
+    assert names(tmp_path) == ["step-00000003"]
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", "{}", '{"figures": 1}'])
+def test_a_damaged_checkpoint_is_not_the_best(broken: str, tmp_path: Path) -> None:
+    save(tmp_path, 1, *SAVED, loss=1.0)
+    (save(tmp_path, 2, *SAVED, loss=2.0) / "trainer_state.json").write_text(broken)
+    assert [path.name for _, path in checkpoint.ranked(tmp_path, "loss", "max")] == ["step-00000001"]
+
+
+def test_a_metric_that_no_step_has_is_refused_by_name() -> None:
+    config = checkpoint.CheckpointConfig(metric="los")
+    with pytest.raises(ValueError, match=r"metric: got 'los', expected eval_accuracy.* delta, loss"):
+        checkpoint.require_measured(config, {"loss": 1.0, "delta": 0.0})
+    checkpoint.require_measured(checkpoint.CheckpointConfig(metric="loss"), {"loss": 1.0})
+    checkpoint.require_measured(checkpoint.CheckpointConfig(), {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"metric: got 'eval_acuracy', expected one of eval_accuracy"):
+        checkpoint.CheckpointConfig(metric="eval_acuracy")
+    with pytest.raises(ValueError, match=r"mode: got 'min' with keep_top_k 0"):
+        checkpoint.CheckpointConfig(mode="min", keep_top_k=0)
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ Micro-batches, chunks, ranks and bad values must not show in it.
 from __future__ import annotations
 
 import copy
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from training import FORKS, free_port
 
 from student_trainer import guards
 from student_trainer.config import StudentConfig
-from student_trainer.distributed import join
+from student_trainer.distributed import Distributed, join, weights_digest
+from student_trainer.losses.base import PerToken
 from student_trainer.student import load
 from student_trainer.train import accumulate, learn
 from student_trainer.types import Rollout, ScoredRollout
@@ -153,7 +156,9 @@ def test_a_broken_weight_is_found_by_sample_and_position(checkpoint, samples) ->
     run = bare_run(checkpoint, train={"max_bad_steps": 1})
     with torch.no_grad():
         run.student.model.get_input_embeddings().weight[int(samples[1].rollout.prompt.token_ids[0])] = torch.inf
-    with pytest.raises(guards.TrainingError, match=r"sample 0, position 5: the student's hidden state is not finite"):
+    with pytest.raises(
+        guards.TrainingError, match=r"prompt 0, sample 0, position 5: the student's hidden state is not finite"
+    ):
         learn(run, samples)
 
 
@@ -166,14 +171,71 @@ def test_a_step_of_ignored_tokens_only_is_skipped(checkpoint, samples) -> None:
 # -- ranks
 
 
-def _rank_step(rank: int, world: int, port: int, checkpoint: Path, samples: Any, folder: Path) -> None:
-    import os
+def infinite_slope(inputs: Any, config: Any) -> PerToken:
+    """An objective whose value is finite everywhere, and whose gradient is not where the old logprob is NaN."""
+    value = -inputs.student_logits.log_softmax(-1).gather(1, inputs.target[:, None])[:, 0]
+    bad = inputs.old_logprob.isnan()
+    root = torch.where(bad, value - value.detach(), 1.0).abs().sqrt()  # of 0 where bad, with slope 0 · ∞
+    return PerToken(value + root - (~bad).float())
 
+
+def broken_weight(run: Any) -> None:
+    run.student.model.get_output_embeddings().weight.register_hook(lambda gradient: gradient * torch.nan)
+
+
+BAD: dict[str, tuple[dict[str, str], Any, str]] = {
+    "loss": ({"objective": "policy_gradient"}, None, "prompt 0, sample 2, position 9: the student's loss or its"),
+    "gradient": (
+        {"objective": f"{__name__}:infinite_slope"},
+        None,
+        "prompt 0, sample 2, position 9: the student's loss",
+    ),
+    "gradient of a weight": ({"objective": "forward_kl"}, broken_weight, "gradient of "),
+}
+
+
+def _rank_that_meets_a_bad_value(rank: int, port: int, checkpoint: Path, samples: Any, folder: Path) -> None:
+    dist = _join(rank, 2, port)
+    mine = [s for i, s in enumerate(samples) if dist.owns(i)]
+    told = {}
+    for what, (loss, spoil, _) in BAD.items():
+        run = bare_run(checkpoint, dist, loss=loss, train={"max_bad_steps": 2})
+        if rank == 0 and spoil is not None:
+            spoil(run)
+        bad = mine if rank or spoil is not None else [mine[0], poisoned(mine[1], 4), *mine[2:]]  # sample 2
+        before = weights_digest(run.student.model.named_parameters())
+        learned = learn(run, bad)
+        try:
+            learn(run, bad)
+        except guards.TrainingError as error:
+            after = weights_digest(run.student.model.named_parameters())
+            told[what] = [before == after, learned["skipped"], run.bad_steps.total, str(error)]
+    (folder / f"bad{rank}.json").write_text(json.dumps(told))
+    dist.close()
+
+
+def test_a_bad_value_on_one_rank_steps_no_rank_and_is_named_on_all(checkpoint, samples, tmp_path) -> None:
+    """T5 of docs/reliability.md: NaN in the loss, in its gradient, or in a weight's gradient, on rank 0 alone."""
+    arguments = (free_port(), checkpoint, samples, tmp_path)
+    multiprocessing.start_processes(_rank_that_meets_a_bad_value, arguments, nprocs=2, start_method="forkserver")
+    ranks = [json.loads((tmp_path / f"bad{rank}.json").read_text()) for rank in range(2)]
+    for what, (_, _, words) in BAD.items():
+        for unchanged, skipped, total, message in (rank[what] for rank in ranks):
+            assert (unchanged, skipped, total) == (True, 1.0, 2), what
+            assert "2 steps in a row" in message
+            assert words in message
+
+
+def _join(rank: int, world: int, port: int) -> Distributed:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    dist = join("cpu", 60.0)
+    return join("cpu", 60.0)
+
+
+def _rank_step(rank: int, world: int, port: int, checkpoint: Path, samples: Any, folder: Path) -> None:
+    dist = _join(rank, world, port)
     run = bare_run(checkpoint, dist, optim={"learning_rate": 1e-3})
     mine = [s for i, s in enumerate(samples) if dist.owns(i)] if world < 3 else (samples if rank == 0 else [])
     _, sums, _ = accumulate(run, mine)

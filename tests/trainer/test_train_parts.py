@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 
@@ -241,12 +242,16 @@ def test_the_nth_bad_step_in_a_row_ends_the_run() -> None:
         bad.bad(9, "sample 12, position 3")
 
 
-def test_a_non_finite_hidden_state_is_named_by_sample_and_position() -> None:
+def test_a_non_finite_hidden_state_or_gradient_is_named_by_sample_and_position() -> None:
     samples = [rollout(40, [5, 6, 7], [8, 9, 1]), rollout(41, [10], [11, 12])]
     hidden = torch.zeros(5, 4)
-    assert "40 to 41" in guards.locate_non_finite(hidden, samples)
+    assert guards.locate_non_finite(1.0, hidden, samples) == ""
+    assert "40 to 41" in guards.locate_non_finite(math.inf, hidden, samples)
+    hidden.grad = torch.zeros(5, 4)
+    hidden.grad[3, 0] = float("inf")
+    assert "sample 41, position 1: the student's loss or its gradient" in guards.locate_non_finite(1.0, hidden, samples)
     hidden[4, 2] = float("nan")
-    assert guards.locate_non_finite(hidden, samples).startswith("sample 41, position 2:")
+    assert guards.locate_non_finite(1.0, hidden, samples).startswith("prompt 41, sample 41, position 2:")
 
 
 def test_a_stop_signal_interrupts_only_where_nothing_is_lost() -> None:
