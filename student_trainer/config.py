@@ -71,9 +71,16 @@ class TrainSection(Section):
     batch_size: int = Field(32, ge=1)
     """Prompts per step, over all processes; each is sampled rollout.group_size times."""
     micro_batch_tokens: int = Field(16_384, ge=1)
-    """Padded tokens of one forward and backward: its sequences times its longest. A longer sequence goes alone."""
+    """Most tokens of one forward and backward: packed, the sum of its sequences; padded, their number times the
+    longest. A longer sequence goes alone."""
     micro_batch_size: int = Field(0, ge=0)
     """Most sequences of one forward and backward; 0: no limit of its own."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Sequences of a micro-batch behind each other in one row, none seeing another, instead of padded to one length.
+    auto: where a check at the start proves that this student computes the same; on: refuse a student that doesn't."""
+    share_prompt: Literal["auto", "on", "off"] = "auto"
+    """Completions of one prompt (rollout.group_size) behind one copy of it in a packed row, its forward and backward
+    done once. auto: where the student can and it saves 64 tokens or more; on: always, or refuse."""
     loss_chunk_rows: int = Field(0, ge=0)
     """Positions whose logits exist at a time; 0: as many as fit in 64 MiB."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -156,6 +163,11 @@ class TrainConfig(Section):
                 "expected train.steps: nobody knows how long an epoch is"
             )
         self._nothing_of_sampling_where_nothing_is_sampled()
+        if self.train.share_prompt == "on" and self.rollout.group_size == 1:
+            raise ValueError(
+                "train.share_prompt: got on with rollout.group_size 1, expected auto or off: each prompt has one "
+                "completion"
+            )
         if self.eval.data is not None and "every" not in self.eval.model_fields_set:
             raise ValueError(
                 "eval.every: not set, but eval.data is; expected the steps between evaluations, or 0 for none"
@@ -190,8 +202,8 @@ FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
         "compression",
     ),
     "train": (
-        "steps", "epochs", "micro_batch_tokens", "micro_batch_size", "loss_chunk_rows", "output_dir", "num_processes",
-        "threads", "max_bad_steps", "strategy", "cpu_offload",
+        "steps", "epochs", "micro_batch_tokens", "micro_batch_size", "packing", "share_prompt", "loss_chunk_rows",
+        "output_dir", "num_processes", "threads", "max_bad_steps", "strategy", "cpu_offload",
     ),
     "eval": (),
     "checkpoint": ("*",),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from student_trainer import checkpoint, guards, metrics, model_card, resume, scoring
+from student_trainer import checkpoint, guards, metrics, model_card, packing_check, resume, scoring
 from student_trainer import student as students
 from student_trainer.alarms import Alarms
 from student_trainer.config import TrainConfig, steps_of_epochs
@@ -258,6 +258,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
             f"teacher.value_type: got float16, but {config.loss.objective} asks for no top-k values; expected float32"
         )
     student = students.load(config.student, dist.device, seed=config.train.seed)
+    student = packing_check.applied(student, config)
     prompts = open_prompts(config.data, student.tokenizer, eos_token_ids=student.eos_token_ids)
     if config.train.epochs:
         config = steps_of_epochs(config, prompts.num_prompts or 0)
@@ -273,6 +274,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
         scoring.check_tokenizer(student.tokenizer, teacher)
         warnings = scoring.check_teacher(teacher, needs, options, longest)
         warnings += [*start.warnings, *_warnings(config, prompts, needs)]
+        warnings += [student.packing.reason] if student.packing.reason else []
         began_with = str(start.state.get("teacher_fingerprint", ""))
         scoring.check_same_teacher(began_with, teacher, config.teacher.accept_new_teacher)
         if start.checkpoint is not None:

@@ -1,5 +1,5 @@
-"""The model that learns: loading, what its tokenizer says of ends and padding, and the forward pass of a padded
-micro-batch down to the hidden rows that are scored. No loss, no optimizer, no sampling here.
+"""The model that learns: loading, what its tokenizer says of ends and padding, and the forward pass of a micro-batch,
+packed or padded, down to the hidden rows that are scored. No loss, no optimizer, no sampling here.
 
 Shape legend: B sequences, T tokens (right-padded), N scored rows of all sequences together, H hidden size.
 """
@@ -20,6 +20,7 @@ from student_trainer.config import StudentConfig
 from student_trainer.forms import lora
 from student_trainer.forms.freeze import freeze
 from student_trainer.forms.loading import LOAD_ERRORS, StudentError, load_pretrained, locate
+from student_trainer.packing import PADDED, Packing, Row
 from student_trainer.types import Rollout
 from teacher_api import causal_lm
 
@@ -40,6 +41,7 @@ class Student:
     max_tokens: int  # longest sequence its positions allow; 0: no limit stated
     autocast: bool  # bfloat16 arithmetic on float32 weights
     adapter_dropout: bool = False  # of LoRA, while training
+    packing: Packing = PADDED  # how micro-batches are laid out
 
     @property
     def vocabulary_size(self) -> int:
@@ -56,8 +58,11 @@ class Student:
         """Hidden states [N, H] from which the completion tokens of `rollouts` are predicted, one after the other: the
         row of completion token n of a sample is position P + n - 1 of its sequence, P prompt tokens.
 
-        Padding is on the right and unmasked: the models are causal, so no real token sees it.
+        Unpacked, padding is on the right and unmasked: the models are causal, so no real token sees it.
         """
+        if self.packing.packed:
+            with self.arithmetic():
+                return Row.of(rollouts, self.packing).hidden_rows(self.parts, self.device)
         lengths = [len(r.prompt.token_ids) + r.num_tokens for r in rollouts]
         # The last token of a sequence predicts nothing that is scored.
         tokens_BT = np.full((len(rollouts), max(lengths) - 1), self.pad_token_id, dtype=np.int64)

@@ -11,7 +11,7 @@ from student_trainer.data import fixed
 from student_trainer.losses import chunked, normalise
 from student_trainer.losses.mask import loss_mask
 from student_trainer.losses.rows import loss_rows
-from student_trainer.microbatch import pack
+from student_trainer.microbatch import divide
 from student_trainer.rollout.likely import with_likely_ids
 from student_trainer.run import Run
 from student_trainer.types import Metrics, Rollout, ScoredRollout
@@ -91,17 +91,16 @@ def accumulate(run: Run, scored: list[ScoredRollout]) -> tuple[float, Metrics, s
     global_counts = run.dist.all_reduce_sum(normalise.count(masks))
     weights = normalise.token_weights(masks, global_counts, config.loss.normalise)
     advantages = run.objective.prepare(scored, run.dist.all_reduce_sum)
-    lengths = [len(s.rollout.prompt.token_ids) + s.rollout.num_tokens for s in scored]
+    train, samples = config.train, [s.rollout for s in scored]
     sums: Metrics = {}
     trouble = ""
-    packed = pack(lengths, config.train.micro_batch_tokens, config.train.micro_batch_size)
-    learning = [batch for batch in packed if any(weights[i].any() for i in batch)]
+    divided = divide(samples, train.micro_batch_tokens, train.micro_batch_size, run.student.packing)
+    learning = [batch for batch in divided if any(weights[i].any() for i in batch)]
     for batch in run.strategy.together(learning):
-        members = [scored[i] for i in batch]
-        rollouts = [s.rollout for s in members]
+        members, rollouts = [scored[i] for i in batch], [samples[i] for i in batch]
         rows = loss_rows(members, config.loss, device, [advantages[i] for i in batch] if advantages else None)
         weights_N = torch.cat([torch.from_numpy(weights[i]) for i in batch])
-        run.student.seed_dropout(config.train.seed, rollouts[0].uid)
+        run.student.seed_dropout(train.seed, rollouts[0].uid)
         hidden_NH = run.student.hidden_rows(rollouts)
         if hidden_NH.requires_grad:
             hidden_NH.retain_grad()  # for guards.locate_non_finite

@@ -18,6 +18,7 @@ _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 """Config keys of a factor on the logits: the Cohere family, Falcon-H1."""
 _SCALING_MULTIPLIES = frozenset({"hyperclovax"})
 """Model types whose `logits_scaling` multiplies; elsewhere (Granite, MiniCPM3) it divides."""
+_ROPE_OF_THE_LENGTH = frozenset({"dynamic", "longrope"})
 _CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """What trunks call the cache they take and give back: attention, Mamba, RWKV."""
 
@@ -158,6 +159,13 @@ def verify(parts: Parts, model: Any, input_ids: Any) -> float:
 def scale_and_soft_cap(config: Any) -> tuple[float, float | None]:
     """What a head does after its product, of a language model's configuration (`text_config`)."""
     return _scale(config), _first(config, _SOFT_CAPS)
+
+
+def rope_of_the_length(config: Any) -> str:
+    """The type of rotary positions whose frequencies depend on the longest sequence of a forward; "" if none does."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = {str(layer.get("rope_type")) for layer in (rope, *rope.values()) if isinstance(layer, dict)}
+    return min(types & _ROPE_OF_THE_LENGTH, default="")
 
 
 def _shape_of(project: Any, name: str) -> tuple[int, int]:

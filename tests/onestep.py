@@ -16,8 +16,9 @@ from student_trainer import guards
 from student_trainer.config import StudentConfig, TrainConfig
 from student_trainer.distributed import Distributed
 from student_trainer.losses import build
+from student_trainer.packing_check import applied
 from student_trainer.parallel.base import Replicated
-from student_trainer.student import load
+from student_trainer.student import Student, load
 from student_trainer.types import Prompt, Rollout, ScoredRollout
 from teacher_api.types import Scores
 
@@ -54,8 +55,14 @@ def scored_samples() -> list[ScoredRollout]:
     return scored
 
 
-def bare_run(checkpoint: Path, dist: Distributed = ALONE, strategy: Replicated | None = None, **sections: Any) -> Any:
-    """What `learn` takes of a Run, without teacher, data and directory."""
+def bare_run(
+    checkpoint: Path,
+    dist: Distributed = ALONE,
+    strategy: Replicated | None = None,
+    student: Student | None = None,
+    **sections: Any,
+) -> Any:
+    """What `learn` takes of a Run, without teacher, data and directory; `student` if it need not be loaded."""
     config = TrainConfig.model_validate(
         {
             "student": {"model": str(checkpoint)},
@@ -64,7 +71,7 @@ def bare_run(checkpoint: Path, dist: Distributed = ALONE, strategy: Replicated |
             **sections,
         }
     )
-    student = load(StudentConfig(model=str(checkpoint)), CPU)
+    student = student or applied(load(StudentConfig(model=str(checkpoint)), CPU), config)
     strategy = strategy or Replicated(dist)
     student = strategy.spread(student, config.optim, config.train.steps)
     return SimpleNamespace(

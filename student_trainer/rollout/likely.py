@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from student_trainer.microbatch import pack
+from student_trainer.microbatch import divide
 from student_trainer.rollout.sampling import most_likely
 from student_trainer.rollout.torch_sampler import evaluating
 from student_trainer.student import Student
@@ -28,14 +28,13 @@ def with_likely_ids(
     keeps them; as they are where none are asked for.
 
     Args:
-        micro_batch_tokens: most padded tokens of one forward pass.
+        micro_batch_tokens: most tokens of one forward pass.
     """
     if not keep_top_k:
         return list(rollouts)
-    lengths = [len(r.prompt.token_ids) + r.num_tokens for r in rollouts]
-    kept: list[Rollout] = []
+    kept = list(rollouts)
     with evaluating(student.model):
-        for batch in pack(lengths, micro_batch_tokens):
+        for batch in divide(rollouts, micro_batch_tokens, 0, student.packing):
             members = [rollouts[i] for i in batch]
             ids_NK = torch.cat(
                 [
@@ -44,7 +43,6 @@ def with_likely_ids(
                 ]
             ).cpu()
             pieces = torch.split(ids_NK, [r.num_tokens for r in members])
-            kept += [
-                dataclasses.replace(r, student_topk_ids=ids.numpy()) for r, ids in zip(members, pieces, strict=True)
-            ]
+            for i, ids in zip(batch, pieces, strict=True):
+                kept[i] = dataclasses.replace(rollouts[i], student_topk_ids=ids.numpy())
     return kept

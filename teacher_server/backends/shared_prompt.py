@@ -30,7 +30,6 @@ grouped heads spread out; for one that is computed, the MLP's three intermediate
 PROBE_TOKENS = 8
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _KEPT = (DynamicLayer, DynamicSlidingWindowLayer)
-_ROPE_OF_THE_LENGTH = frozenset({"dynamic", "longrope"})
 
 
 def shared_tokens(job: ScoreJob) -> int:
@@ -129,7 +128,7 @@ def can_share(parts: causal_lm.Parts, config: Any, device: torch.device) -> bool
     """
     if parts.cache_name != "past_key_values" or "position_ids" not in parts.accepts:
         return False
-    if not set(getattr(config, "layer_types", None) or ()) <= _LAYER_TYPES or _rope_types(config) & _ROPE_OF_THE_LENGTH:
+    if not set(getattr(config, "layer_types", None) or ()) <= _LAYER_TYPES or causal_lm.rope_of_the_length(config):
         return False
     ids_2T = (torch.arange(2 * PROBE_TOKENS, device=device).view(2, -1) + 1) % parts.logit_width
     ids_2T[1, : PROBE_TOKENS // 2] = ids_2T[0, : PROBE_TOKENS // 2]
@@ -146,8 +145,3 @@ def can_share(parts: causal_lm.Parts, config: Any, device: torch.device) -> bool
         return True
     logger.warning("states after a cached prompt differ by %.3g: prompts are computed for each sequence", difference)
     return False
-
-
-def _rope_types(config: Any) -> set[Any]:
-    rope = getattr(config, "rope_parameters", None) or {}
-    return {layer.get("rope_type") for layer in (rope, *rope.values()) if isinstance(layer, dict)}

@@ -1,4 +1,4 @@
-"""The parts of the training loop, each by itself: packing, hidden rows, guards, what may go on in a directory."""
+"""The parts of the training loop, each by itself: hidden rows, guards, what may go on in a directory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ import signal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tinymodels import ARCHITECTURES, save_tiny
 
 from student_trainer import guards
 from student_trainer.config import StudentConfig, TrainConfig, differences, experiment
 from student_trainer.distributed import BUCKET_BYTES, Distributed, _buckets, join, weights_digest
-from student_trainer.microbatch import pack
 from student_trainer.resume import ResumeError, claim, find_start, record
 from student_trainer.student import StudentError, load
 from student_trainer.types import Prompt, Rollout
@@ -37,25 +34,6 @@ def rollout(uid: int, prompt: list[int], completion: list[int]) -> Rollout:
         behaviour_logprob=zeros,
         full_logprob=zeros,
     )
-
-
-# -- packing
-
-
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120), st.integers(0, 5))
-def test_packing_keeps_order_and_budget(lengths: list[int], max_tokens: int, max_sequences: int) -> None:
-    batches = pack(lengths, max_tokens, max_sequences)
-    assert [i for batch in batches for i in batch] == list(range(len(lengths)))
-    for batch in batches:
-        padded = len(batch) * max(lengths[i] for i in batch)
-        assert padded <= max_tokens or len(batch) == 1
-        assert not max_sequences or len(batch) <= max_sequences
-
-
-def test_packing_fills_what_fits() -> None:
-    assert pack([4, 4, 4, 4], 12) == [[0, 1, 2], [3]]
-    assert pack([4, 4, 9, 4], 12, max_sequences=1) == [[0], [1], [2], [3]]
-    assert pack([2, 6, 2], 12) == [[0, 1], [2]]
 
 
 # -- student
