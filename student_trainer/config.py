@@ -83,6 +83,9 @@ class TrainSection(Section):
     done once. auto: where the student can and it saves 64 tokens or more; on: always, or refuse."""
     loss_chunk_rows: int = Field(0, ge=0)
     """Positions whose logits exist at a time; 0: as many as fit in 64 MiB."""
+    updates: int = Field(1, ge=1, le=64)
+    """Optimizer updates from each step's samples. From the second on they are older than the weights: see
+    policy_gradient's clip, loss.staleness and loss.ratio_bounds."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Everything random is a pure function of this and of the step or sample number."""
     output_dir: str = "runs/train"
@@ -168,6 +171,7 @@ class TrainConfig(Section):
                 "train.share_prompt: got on with rollout.group_size 1, expected auto or off: each prompt has one "
                 "completion"
             )
+        self._no_idle_ratios()
         if self.eval.data is not None and "every" not in self.eval.model_fields_set:
             raise ValueError(
                 "eval.every: not set, but eval.data is; expected the steps between evaluations, or 0 for none"
@@ -177,10 +181,19 @@ class TrainConfig(Section):
     def _nothing_of_sampling_where_nothing_is_sampled(self) -> None:
         """λ < 1: what is fixed data has no sampling policy."""
         fraction = self.data.on_policy_fraction
-        if fraction < 1.0 and isinstance(self.loss, SampledTokenConfig):
+        cross_entropy = self.loss.totals[0]
+        learns_nothing = fraction == 0.0 or not cross_entropy
+        if fraction < 1.0 and learns_nothing and isinstance(self.loss, SampledTokenConfig):
             raise ValueError(
-                f"data.on_policy_fraction: got {fraction:g} with loss.objective {self.loss.objective}, expected 1: it "
-                "learns from what the student samples, and its estimate is of nothing on other text"
+                f"data.on_policy_fraction: got {fraction:g} with loss.objective {self.loss.objective}, expected 1 (or "
+                "above 0 with loss.distill_weight or loss.ce_weight): it learns from what the student samples, and its "
+                "estimate is of nothing on other text"
+            )
+        if fraction == 1.0 and cross_entropy:
+            key = "ce_weight" if self.loss.distill_weight is None else "distill_weight"
+            raise ValueError(
+                f"loss.{key}: got {getattr(self.loss, key)} with data.on_policy_fraction 1, expected none: "
+                "cross-entropy counts on fixed data only"
             )
         idle = ["temperature", "top_p", "top_k", "greedy"] if fraction == 0.0 else []
         if any(source.format == "packed_text" for source in self.data.sources):
@@ -191,6 +204,21 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"rollout.{name}: got {value!r} with data.on_policy_fraction {fraction:g}, expected none: nothing "
                     "is sampled"
+                )
+
+    def _no_idle_ratios(self) -> None:
+        """Corrections for samples of another policy, where all are of the one that is trained."""
+        loss, rollout = self.loss, self.rollout
+        if loss.behaviour == "weight" and rollout.engine == "torch" and (rollout.greedy or rollout.is_untempered):
+            how = "greedy takes" if rollout.greedy else "temperature 1 without top_p and top_k samples"
+            what = "one token, whose ratio says nothing" if rollout.greedy else "from q_old itself"
+            raise ValueError(f"loss.behaviour: got weight, expected none: rollout's {how} {what}")
+        fresh = self.train.updates == 1 and rollout.engine == "torch" and not self.student.dropout
+        for key in ("staleness", "ratio_bounds"):
+            value = getattr(loss, key)
+            if fresh and value not in (None, "none"):
+                raise ValueError(
+                    f"loss.{key}: got {value} with train.updates 1, expected none: samples are as new as the weights"
                 )
 
 

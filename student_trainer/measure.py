@@ -56,8 +56,9 @@ def worst_case(run: Run) -> list[ScoredRollout]:
     two have a prompt in common, so that none is shared."""
     fraction, vocabulary = run.config.data.on_policy_fraction, run.student.vocabulary_size
     num = max(run.config.rollout.max_new_tokens if fraction else 0, run.prompts.longest.fixed)
+    prompt_tokens, on_prompt = max(run.longest_tokens - num, 1), run.config.loss.on_prompt
+    num, cut = (num + prompt_tokens - 1, 1) if on_prompt else (num, prompt_tokens)
     draw = np.random.default_rng(0)
-    prompt_tokens = max(run.longest_tokens - num, 1)
     values = np.full(num, -math.log(vocabulary), dtype=np.float32)
     top_k, kept = run.needs.top_k, run.needs.student_top_k
     width = vocabulary if top_k == "all" else top_k
@@ -70,15 +71,17 @@ def worst_case(run: Run) -> list[ScoredRollout]:
         teacher_ids = ((start + kept + np.arange(width)) % vocabulary).astype(np.int32)
         scores = Scores(
             id=str(uid),
-            positions=np.arange(num, dtype=np.int32) + prompt_tokens,
+            positions=np.arange(num, dtype=np.int32) + cut,
             token_logprob=values,
             log_tail=values,
             topk_ids=None if top_k in (0, "all") else teacher_ids,
             topk_logprob=None if top_k == 0 else np.repeat(values[:, None], width, axis=1),
             candidate_logprob=np.repeat(values, kept) if kept else None,
         )
-        prompt = Prompt(uid, draw.integers(0, vocabulary, prompt_tokens, dtype=np.int32))
-        rollout = Rollout(uid, prompt, token_ids, "length", values, values, student_ids)
+        prompt = Prompt(uid, draw.integers(0, vocabulary, cut, dtype=np.int32))
+        rollout = Rollout(
+            uid, prompt, token_ids, "length", values, values, student_ids, scored_prompt_tokens=prompt_tokens - cut
+        )
         samples.append(ScoredRollout(rollout, scores))
     return samples
 

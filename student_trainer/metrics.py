@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from student_trainer.console import SampleRow
+from student_trainer.losses import importance
 from student_trainer.losses.base import ROWS_OF
 from student_trainer.types import Metrics, ScoredRollout
 
@@ -60,15 +61,28 @@ def of_rollouts(scored: Sequence[ScoredRollout], sum_metrics: Callable[[Metrics]
     }
 
 
-def means(sums: Metrics, counted_tokens: float) -> Metrics:
-    """Metrics of the objective from their global sums: over all counted tokens, or over those that have the metric
-    (`rows_of_NAME`), left out where none has."""
+def means(sums: Metrics) -> Metrics:
+    """Metrics of the objective from their sums over the global batch (importance.backward's).
+
+    A mean is over all tokens that had a part in the loss, or over those that have the metric (`rows_of_NAME`), and left
+    out where none has. Of weights w the effective sample size (Σw)² / Σw², as a share of their number. Of the tokens
+    that were scored, how many had no part in the loss.
+    """
+    trained = sums.get("trained_tokens", 0.0)
     counts = {name.removeprefix(ROWS_OF): value for name, value in sums.items() if name.startswith(ROWS_OF)}
-    return {
-        name: value / max(counts.get(name, counted_tokens), 1.0)
-        for name, value in sums.items()
-        if not name.startswith(ROWS_OF) and counts.get(name, 1.0)
-    }
+    found: Metrics = {"skipped_tokens": sums.get("scored_tokens", 0.0) - trained}
+    first, second = importance.MOMENTS
+    for name, value in sums.items():
+        if name.startswith(first):
+            weight = name.removeprefix(first)
+            num, squares = counts[f"{weight}_clipped"], sums[second + weight]
+            if num:
+                found[f"{weight}_ess"] = value**2 / (num * squares) if squares else 0.0
+        elif not name.startswith((ROWS_OF, second)) and name not in ("loss", "scored_tokens", "trained_tokens"):
+            num = counts.get(name, trained)
+            if num or name not in counts:
+                found[name] = value / max(num, 1.0)
+    return found
 
 
 def sample_rows(scored: Sequence[ScoredRollout], decode: Callable[[list[int]], str], most: int) -> list[SampleRow]:

@@ -8,10 +8,11 @@ import torch
 
 from student_trainer import guards, metrics
 from student_trainer.data import fixed
-from student_trainer.losses import chunked, normalise
+from student_trainer.losses import importance, normalise
 from student_trainer.losses.mask import loss_mask
 from student_trainer.losses.rows import loss_rows
 from student_trainer.microbatch import divide
+from student_trainer.rollout.given import with_prompt
 from student_trainer.rollout.likely import with_likely_ids
 from student_trainer.run import Run
 from student_trainer.types import Metrics, Rollout, ScoredRollout
@@ -32,7 +33,8 @@ def train(run: Run) -> None:
             clock.lap("sample")
             scored = run.scorer.score(rollouts)
             clock.lap("score")
-        learned = learn(run, scored)
+        for _ in range(run.config.train.updates):
+            learned = learn(run, scored)
         clock.lap("learn")
         run.step += 1
         run.report(scored, learned, clock)
@@ -51,8 +53,10 @@ def sample(run: Run) -> list[Rollout]:
     own = [uid for uid in uids if not run.mix.is_fixed(run.step, uid)]
     with run.student.arithmetic():
         drawn = run.sampler.sample([uids[uid][0] for uid in own], own, keep_top_k=run.needs.student_top_k)
-        given = with_likely_ids(run.student, given, run.needs.student_top_k, run.config.train.micro_batch_tokens)
-    return sorted([*drawn, *given], key=lambda rollout: rollout.uid)
+    rollouts = sorted([*drawn, *given], key=lambda rollout: rollout.uid)
+    if run.config.loss.on_prompt:
+        rollouts = [with_prompt(r) for r in rollouts]
+    return with_likely_ids(run.student, rollouts, run.needs.student_top_k, run.config.train.micro_batch_tokens)
 
 
 def learn(run: Run, scored: list[ScoredRollout]) -> Metrics:
@@ -60,7 +64,7 @@ def learn(run: Run, scored: list[ScoredRollout]) -> Metrics:
     counted_tokens, local, trouble = accumulate(run, scored)
     run.strategy.sum_gradients()
     totals = run.dist.sum_metrics(local)
-    learned = {**metrics.means(totals, counted_tokens), "loss": totals.get("loss", 0.0)}
+    learned = {**metrics.means(totals), "loss": totals.get("loss", 0.0)}
     learned["learning_rate"] = run.optimizer.learning_rate(run.step)
     learned["grad_norm"] = run.optimizer.grad_norm()
     if not counted_tokens:
@@ -104,7 +108,7 @@ def accumulate(run: Run, scored: list[ScoredRollout]) -> tuple[float, Metrics, s
         hidden_NH = run.student.hidden_rows(rollouts)
         if hidden_NH.requires_grad:
             hidden_NH.retain_grad()  # for guards.locate_non_finite
-        loss, partial = chunked.backward(run.student.head, hidden_NH, run.objective, rows, weights_N, run.chunk_rows)
+        loss, partial = importance.backward(run.student.head, hidden_NH, run.objective, rows, weights_N, run.chunk_rows)
         metrics.add(sums, {"loss": loss, **partial})
         trouble = trouble or guards.locate_non_finite(loss, hidden_NH, rollouts)
     return float(global_counts[0]), sums, trouble

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,7 @@ class LossRows:
     behaviour_logprob: Tensor  # float32 [N]: log b(y); NaN where nobody sampled y
     sampled: Tensor  # bool [N]: the student sampled y; False in fixed data and in prompts
     fixed: Tensor  # bool [N]: of a sample of fixed data, which cross-entropy applies to
+    lengths: tuple[int, ...] = ()  # rows of each sample, summing to N
     advantage: Tensor | None = None  # float32 [N]: policy_gradient's A_t, computed over whole completions
 
     @property
@@ -113,9 +114,17 @@ class Needs:
     student_top_k: int  # ids per position the sampler keeps; they are sent to the teacher as candidates
 
 
+OwnToken = Literal["none", "weight", "ratio"]
+"""How a value depends on the token that was sampled at its own position. none: not at all, it compares distributions.
+weight: it looks at that token, and is to be weighted by how likely other policies find it. ratio: so it does, but has
+q_now/q_old in it."""
+
+
 class Objective(ABC, Generic[ConfigT]):
     """One row of the table in docs/losses.md. A new one is a file in objectives/ with its config class (a subclass of
     LossConfig whose `objective` is its name), its equation, and `@register(ItsConfig)`."""
+
+    own_token: ClassVar[OwnToken] = "none"
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config

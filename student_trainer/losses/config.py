@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from student_trainer.losses import registry
 from teacher_api.settings import Section
@@ -31,6 +31,70 @@ class LossConfig(Section):
     teacher_temperature: float = Field(1.0, gt=0.0, le=100.0)
     """Divides the teacher's logits before its softmax, on the teacher's side."""
 
+    on_prompt: bool = False
+    """Prompt tokens are scored and trained on too, all but the first, which nothing predicts."""
+
+    distill_weight: float | None = Field(None, ge=0.0, le=1.0)
+    """w: the loss is (1 − w)·CE + w·D, cross-entropy counting at tokens of fixed data only. Unset: D alone. Excludes
+    ce_weight and kl_weight."""
+
+    ce_weight: float | None = Field(None, ge=0.0, le=1e3)
+    """Of cross-entropy on tokens of fixed data: the loss is ce_weight·CE + kl_weight·D. Unset: 0."""
+
+    kl_weight: float | None = Field(None, ge=0.0, le=1e3)
+    """Of the objective's own value. Unset: 1."""
+
+    staleness: Literal["none", "prefix"] = "none"
+    """`prefix`: a position counts as often as the weights being trained would come to it, by the ratio q_now/q_old of
+    the tokens before it. For samples that are older than the weights."""
+
+    staleness_cap: float = Field(2.0, ge=1.0, le=1e4)
+    """Largest weight that a ratio over a prefix may give."""
+
+    behaviour: Literal["none", "weight"] = "none"
+    """`weight`: corrects for tempered sampling by q_old/b. Objectives of the sampled token: of that token. Divergences,
+    which don't depend on it: of the tokens before it."""
+
+    behaviour_cap: float = Field(2.0, ge=1.0, le=1e4)
+    """Largest weight that q_old/b may give."""
+
+    ratio_bounds: tuple[float, float] | None = None
+    """[lo, hi]: tokens whose q_now/q_old is outside don't count. Unset: all do."""
+
+    @property
+    def totals(self) -> tuple[float, float]:
+        """Factors of cross-entropy and of the objective's value."""
+        if self.distill_weight is not None:
+            return 1.0 - self.distill_weight, self.distill_weight
+        return self.ce_weight or 0.0, 1.0 if self.kl_weight is None else self.kl_weight
+
+    @field_validator("ratio_bounds")
+    @classmethod
+    def _around_one(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0.0 <= value[0] < 1.0 < value[1]:
+            raise ValueError("expected [lo, hi] with 0 <= lo < 1 < hi")
+        return value
+
+    @model_validator(mode="after")
+    def _one_form_of_total(self) -> Self:
+        others = [name for name in ("ce_weight", "kl_weight") if getattr(self, name) is not None]
+        if self.distill_weight is not None and others:
+            raise ValueError(
+                f"{others[0]}: got {getattr(self, others[0])} with distill_weight {self.distill_weight}, expected one "
+                "form: distill_weight, or ce_weight and kl_weight"
+            )
+        if self.totals == (0.0, 0.0):
+            raise ValueError("kl_weight: got 0 without a ce_weight, expected one of them above 0: nothing is learned")
+        return self
+
+    @model_validator(mode="after")
+    def _no_idle_cap(self) -> Self:
+        for name in ("staleness", "behaviour"):
+            cap = getattr(self, f"{name}_cap")
+            if getattr(self, name) == "none" and cap != type(self).model_fields[f"{name}_cap"].default:
+                raise ValueError(f"{name}_cap: got {cap} with {name} none, expected none: nothing is weighted")
+        return self
+
 
 class DivergenceConfig(LossConfig):
     """What every objective that compares two distributions has."""
@@ -46,6 +110,24 @@ class DivergenceConfig(LossConfig):
     student_temperature: float = Field(1.0, gt=0.0, le=100.0)
     """Divides the student's logits before its softmax."""
 
+    scale_by_t2: bool = False
+    """Multiply the divergence by T², T being both temperatures, which must be equal: its gradient then keeps its size
+    as T grows, beside a cross-entropy at T = 1."""
+
+    @property
+    def totals(self) -> tuple[float, float]:
+        cross_entropy, own = super().totals
+        return cross_entropy, own * self.student_temperature**2 if self.scale_by_t2 else own
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> Self:
+        if self.scale_by_t2 and self.student_temperature != self.teacher_temperature:
+            raise ValueError(
+                f"scale_by_t2: got true with student_temperature {self.student_temperature} and teacher_temperature "
+                f"{self.teacher_temperature}, expected equal temperatures"
+            )
+        return self
+
 
 class SampledTokenConfig(LossConfig):
     """What every objective that looks at the sampled token alone has: T = 1 on both sides."""
@@ -55,6 +137,13 @@ class SampledTokenConfig(LossConfig):
     def _is_one(cls, value: float) -> float:
         if value != 1.0:
             raise ValueError("objectives of the sampled token compare T = 1 distributions; leave it at 1")
+        return value
+
+    @field_validator("on_prompt")
+    @classmethod
+    def _nobody_sampled_prompts(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("objectives of the sampled token learn from what the student sampled, prompts it did not")
         return value
 
 
@@ -108,5 +197,7 @@ def _unknown_key(key: str, objective: str, config_class: type[LossConfig]) -> st
 
 
 def _one_line(error: Any) -> str:
-    where = ".".join(str(part) for part in ("loss", *error["loc"]))
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # several keys together; the message names them and what was got
+        return f"loss.{message}"
+    return f"{'.'.join(str(part) for part in ('loss', *error['loc']))}: {message}, got {error['input']!r}"

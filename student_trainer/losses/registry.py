@@ -68,12 +68,15 @@ def get(name: str) -> Entry:
 
 
 def build(config: LossConfig) -> AnyObjective:
-    """The objective that `config` describes."""
-    if is_custom(config.objective):
-        from student_trainer.losses.custom import CustomObjective
+    """The objective that `config` describes, with its share of cross-entropy and its factors."""
+    from student_trainer.losses.custom import CustomObjective
+    from student_trainer.losses.total import Total
 
-        return CustomObjective(config, import_function(config.objective))
-    return get(config.objective).objective_class(config)
+    if is_custom(config.objective):
+        objective: AnyObjective = CustomObjective(config, import_function(config.objective))
+    else:
+        objective = get(config.objective).objective_class(config)
+    return objective if config.totals == (0.0, 1.0) else Total(objective)
 
 
 def is_custom(name: str) -> bool:

@@ -46,6 +46,7 @@ def loss_rows(
         behaviour_logprob=_tensor(_cat([r.behaviour_logprob for r in rollouts], np.float32), device),
         sampled=_tensor(_cat([r.sampled for r in rollouts], np.bool_), device),
         fixed=_tensor(_cat([np.full(r.num_tokens, r.source == "fixed") for r in rollouts], np.bool_), device),
+        lengths=tuple(r.num_tokens for r in rollouts),
         advantage=None if advantages is None else _tensor(_cat(advantages, np.float32), device),
     )
 

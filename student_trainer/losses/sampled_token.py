@@ -7,12 +7,12 @@ Shape legend: N positions, W the student's logit width.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from student_trainer.losses.base import LossInputs, Needs, Objective, PerToken, log_softmax_f32, rollout_gap
+from student_trainer.losses.base import LossInputs, Needs, Objective, OwnToken, PerToken, log_softmax_f32, rollout_gap
 from student_trainer.losses.config import SampledTokenConfig
 from teacher_api.types import LOGPROB_FLOOR
 
@@ -20,7 +20,10 @@ ConfigT = TypeVar("ConfigT", bound=SampledTokenConfig)
 
 
 class SampledToken(Objective[ConfigT]):
-    """A function of the actual token's logprobs."""
+    """A function of the actual token's logprobs, which estimates a divergence where the student sampled that token.
+    Where nobody did (fixed data) it estimates nothing, and is 0."""
+
+    own_token: ClassVar[OwnToken] = "weight"
 
     def needs(self, teacher_top_k: int | Literal["all"]) -> Needs:
         return Needs(top_k=0, student_top_k=0)
@@ -29,6 +32,7 @@ class SampledToken(Objective[ConfigT]):
         log_q_NW = log_softmax_f32(inputs.student_logits)
         log_q_N = log_q_NW.gather(1, inputs.target[:, None]).squeeze(1).clamp(min=LOGPROB_FLOOR)
         value_N, metrics = self.of_token(inputs, log_q_N)
+        value_N = torch.where(inputs.sampled, value_N, 0.0)
         now_N = log_q_N.detach()
         with torch.no_grad():
             metrics |= {

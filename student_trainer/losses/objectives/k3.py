@@ -15,8 +15,8 @@ from student_trainer.losses.registry import register
 from student_trainer.losses.sampled_token import SampledToken
 
 LINEAR_BEYOND = 20.0
-"""Where log p/q is larger, e^x goes on as its tangent. A token that the student finds e^20 times less likely than the
-teacher isn't sampled; one of fixed data may be, and float32's exponential would soon be infinite."""
+"""Where log p/q is larger, e^x goes on as its tangent. The student samples no token that it finds e^20 times less
+likely than the teacher does; weights that have changed since may find it so, and float32's exponential ends at 88."""
 
 
 class K3Config(SampledTokenConfig):

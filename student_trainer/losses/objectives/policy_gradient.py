@@ -50,6 +50,8 @@ class PolicyGradient(SampledToken[PolicyGradientConfig]):
     Back-propagating Δ itself would be another thing: its gradient doesn't contain the teacher.
     """
 
+    own_token = "ratio"
+
     def prepare(self, scored: Sequence[ScoredRollout], all_reduce_sum: AllReduceSum) -> list[FloatArray]:
         """A_t of every token. Masked tokens earn nothing, neither for themselves nor for the tokens before them. Tokens
         that nobody sampled have no q_old: their A is 0."""
