@@ -13,7 +13,7 @@ from student_trainer.alarms import GuardsConfig
 from student_trainer.checkpoint import EVAL_PREFIX, CheckpointConfig
 from student_trainer.data.config import DataConfig
 from student_trainer.evaluate import EvalConfig
-from student_trainer.forms.config import LoraConfig, check_freeze
+from student_trainer.forms.config import LoraConfig, check_freeze, check_layers
 from student_trainer.losses.config import LossField, SampledTokenConfig, parse_loss
 from student_trainer.optim import OptimConfig
 from student_trainer.rollout.config import RolloutConfig
@@ -45,17 +45,27 @@ class StudentConfig(Section):
     A class with from_pretrained and save_pretrained, and the interface of transformers' causal language models."""
     lora: LoraConfig = LoraConfig()
     """Adapters instead of the whole weights, where lora.r is set."""
+    layers_from_teacher: tuple[int, ...] = ()
+    """Layers, counted from 0, that are replaced by those of graft_from with the same numbers before training."""
+    graft_from: str = ""
+    """Directory or hub id of the model they come from, such as the teacher's: same hidden size, same tokenizer."""
     freeze: tuple[str, ...] = ()
-    """Weights that stay as they are: mlp (feed-forward blocks), or regular expressions searched for in the names of
-    parameters. No optimizer state is kept for them."""
+    """Weights that stay as they are: mlp (feed-forward blocks), replaced_layers, or regular expressions searched for in
+    the names of parameters. No optimizer state is kept for them."""
 
     @model_validator(mode="after")
     def _forms_that_go_together(self) -> StudentConfig:
-        check_freeze(self.freeze, ())
+        check_layers(self.layers_from_teacher, self.graft_from)
+        check_freeze(self.freeze, self.layers_from_teacher)
         if self.lora.r and self.freeze:
             raise ValueError(
                 f"freeze: got {list(self.freeze)} with lora.r {self.lora.r}, expected none: only adapters are trained; "
                 "lora.exclude_modules says where there are none"
+            )
+        if self.lora.r and self.layers_from_teacher:
+            raise ValueError(
+                f"layers_from_teacher: got {list(self.layers_from_teacher)} with lora.r {self.lora.r}, expected none: "
+                "an adapter's checkpoint names a model on disk; give one that has the layers as student.model"
             )
         return self
 

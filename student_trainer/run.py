@@ -257,7 +257,9 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
         raise ValueError(
             f"teacher.value_type: got float16, but {config.loss.objective} asks for no top-k values; expected float32"
         )
-    student = students.load(config.student, dist.device, seed=config.train.seed)
+    student = students.load(
+        config.student, dist.device, seed=config.train.seed, checkpoint=_going_on_from(config, start)
+    )
     student = packing_check.applied(student, config)
     prompts = open_prompts(config.data, student.tokenizer, eos_token_ids=student.eos_token_ids)
     if config.train.epochs:
@@ -313,6 +315,13 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     except BaseException:
         client.close()
         raise
+
+
+def _going_on_from(config: TrainConfig, start: resume.Start | None) -> Path | None:
+    """The checkpoint that a run goes on from, as far as that is known before its prompts are."""
+    if start is not None:
+        return start.checkpoint
+    return checkpoint.find_latest(Path(config.train.output_dir)) if config.student.layers_from_teacher else None
 
 
 def require_alike(run: Run) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.config import StudentConfig
-from student_trainer.forms import lora
+from student_trainer.forms import graft, lora
 from student_trainer.forms.freeze import freeze
 from student_trainer.forms.loading import LOAD_ERRORS, StudentError, load_pretrained, locate
 from student_trainer.packing import PADDED, Packing, Row
@@ -101,12 +101,14 @@ class Student:
             torch.manual_seed(int(np.random.SeedSequence([seed, uid]).generate_state(1, np.uint64)[0] >> 1))
 
 
-def load(config: StudentConfig, device: torch.device, *, seed: int = 0) -> Student:
+def load(config: StudentConfig, device: torch.device, *, seed: int = 0, checkpoint: Path | None = None) -> Student:
     """Loads model and tokenizer, gives the model its form, checks the cut into trunk and head, and prepares it for
     training.
 
     Args:
         seed: of what a form adds at random, such as adapters.
+        checkpoint: one that this student's run goes on from. Layers of another model are taken from there, so that
+            model need not be there any more. (The other weights are checkpoint.load_model_weights' to restore.)
     Raises:
         StudentError: nothing there, damaged, not a causal language model, without some of its weights or a tokenizer;
             or a form that does not fit the model.
@@ -115,8 +117,11 @@ def load(config: StudentConfig, device: torch.device, *, seed: int = 0) -> Stude
 
     with _quiet(transformers):
         tokenizer = load_tokenizer(config)
-        model = load_pretrained("student.model", config.model, config.revision, config.model_class)
-        _form(model, config, seed)
+        if checkpoint is not None and config.layers_from_teacher:
+            model = load_pretrained("checkpoint", str(checkpoint), model_class=config.model_class)
+        else:
+            model = load_pretrained("student.model", config.model, config.revision, config.model_class)
+        _form(model, tokenizer, config, seed, has_layers=checkpoint is not None)
     model.to(device)
     eos = eos_token_ids(model, tokenizer)
     if len(tokenizer) > causal_lm.logit_width(model):
@@ -143,27 +148,48 @@ def load(config: StudentConfig, device: torch.device, *, seed: int = 0) -> Stude
 
 def load_tokenizer(config: StudentConfig) -> Any:
     """The student's tokenizer alone. Raises StudentError where there is none."""
+    return _tokenizer("student.model", config.model, config.revision)
+
+
+def _tokenizer(key: str, model: str, revision: str = "") -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(**locate("student.model", config.model, config.revision))
+        return transformers.AutoTokenizer.from_pretrained(**locate(key, model, revision))
     except LOAD_ERRORS as error:
         if isinstance(error, StudentError):
             raise
         cause = " ".join(str(error).split())[:300]
-        raise StudentError(f"student.model {config.model!r} can't be loaded: {cause}") from error
+        raise StudentError(f"{key} {model!r} can't be loaded: {cause}") from error
 
 
-def _form(model: Any, config: StudentConfig, seed: int) -> None:
-    """Adapters, or weights that stay as they are."""
+def _form(model: Any, tokenizer: Any, config: StudentConfig, seed: int, *, has_layers: bool) -> None:
+    """Layers of another model, adapters, or weights that stay as they are."""
+    replaced: list[str] = []
     try:
         if config.lora.r:
             path = Path(config.model).expanduser()
             base = str(path.resolve()) if path.is_dir() else config.model
             lora.add(model, config.lora, seed=seed, base=base, revision=config.revision)
-        freeze(model, config.freeze, ())
+        if config.layers_from_teacher and not has_layers:
+            _same_vocabulary(tokenizer, _tokenizer("student.graft_from", config.graft_from))
+            donor = load_pretrained("student.graft_from", config.graft_from)
+            graft.graft(model, donor, config.layers_from_teacher)
+        if config.layers_from_teacher:
+            name, _ = graft.decoder_layers(model)
+            replaced = [f"{name}.{layer}" for layer in config.layers_from_teacher]
+        freeze(model, config.freeze, replaced)
     except ValueError as error:
         raise StudentError(str(error)) from error
+
+
+def _same_vocabulary(mine: Any, theirs: Any) -> None:
+    """Layers of a model that reads other token ids know nothing of ours."""
+    if mine.get_vocab() != theirs.get_vocab():
+        raise StudentError(
+            f"student.graft_from: its tokenizer has {len(theirs)} entries, the student's {len(mine)}, and they are not "
+            "the same; expected a model that reads the same token ids"
+        )
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -75,6 +75,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "chunk_size": 16,
         },
     ),
+    "bamba": (
+        "BambaConfig",
+        {
+            **ATTENTION,
+            "attn_layer_indices": [1],  # the other is a state-space layer
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from student_trainer.forms import lora
+from student_trainer.forms import graft, lora
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError)
 """What transformers raises for files that are missing, cut short, of another shape or of an unknown architecture."""
@@ -107,9 +107,14 @@ def import_class(path: str) -> Any:
 def _load(where: dict[str, Any], model_class: str) -> tuple[Any, dict[str, Any]]:
     import transformers
 
+    directory = Path(where["pretrained_model_name_or_path"])
     chosen = import_class(model_class) if model_class else transformers.AutoModelForCausalLM
     if model_class and not issubclass(chosen, transformers.PreTrainedModel):
-        return chosen.from_pretrained(where["pretrained_model_name_or_path"]).float(), {}
+        return chosen.from_pretrained(str(directory)).float(), {}
+    if graft.is_grafted(directory):
+        host: Any = chosen if model_class else graft.class_for(graft.read_config(directory))
+        chosen = graft.grafted_class(host)
+        where = {"pretrained_model_name_or_path": str(directory), "local_files_only": True}
     model, report = chosen.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     return model, report
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onestep import bare_run
 from pydantic import ValidationError
-from test_train_gradients import bare_run, samples  # noqa: F401 (a fixture)
+from test_train_gradients import samples  # noqa: F401 (a fixture)
 from tinymodels import save_tiny, tiny_model
 
 from student_trainer import checkpoint
 from student_trainer.config import StudentConfig
 from student_trainer.forms.freeze import freeze
-from student_trainer.optim import Optimizer
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student, StudentError, load
@@ -50,11 +50,10 @@ def test_what_the_words_name_is_frozen_and_nothing_else(arch: str, words: list[s
 @pytest.mark.slow
 def test_frozen_weights_have_no_gradient_no_state_and_do_not_move(samples, tmp_path) -> None:  # noqa: F811
     base = save_tiny(tmp_path, scale=2.0)
-    run = bare_run(base, optim={"learning_rate": 0.01, "weight_decay": 0.1})
-    run.student = load(StudentConfig(model=str(base), freeze=("mlp", "embed_tokens")), CPU)
+    student = load(StudentConfig(model=str(base), freeze=("mlp", "embed_tokens")), CPU)
+    run = bare_run(base, student=student, optim={"learning_rate": 0.01, "weight_decay": 0.1})
     model = run.student.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run.optimizer = Optimizer(model.named_parameters(), run.config.optim, 10)
     for step in range(3):
         run.step = step
         assert learn(run, samples)["skipped"] == 0.0
@@ -163,10 +162,9 @@ def test_a_class_of_ones_own_samples_learns_is_saved_and_comes_back(name: str, s
         torch.manual_seed(0)
         forms_of_mine.Bag(128, 16).save_pretrained(made)
     settings = StudentConfig(model=str(made), model_class=f"forms_of_mine:{name}")
-    run = bare_run(save_tiny(classes / "plain"), optim={"learning_rate": 0.01})
-    student = run.student = load(settings, CPU)
+    run = bare_run(made, student=load(settings, CPU), optim={"learning_rate": 0.01})
+    student = run.student
     assert type(student.model) is getattr(forms_of_mine, name)
-    run.optimizer = Optimizer(student.model.named_parameters(), run.config.optim, 10)
     rollout = sampled(student)
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]]).long()
     with torch.no_grad():

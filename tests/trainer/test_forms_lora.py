@@ -8,9 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from onestep import bare_run
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from test_train_gradients import bare_run, reference, samples  # noqa: F401 (samples is a fixture)
+from test_train_gradients import reference, samples  # noqa: F401 (samples is a fixture)
 from tinymodels import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -90,9 +91,10 @@ def test_adapter_and_merged_weights_compute_what_was_trained(arch: str, tmp_path
 )
 def test_a_steps_gradient_is_that_of_plain_peft(settings, student, samples, tmp_path) -> None:  # noqa: F811
     base = save_tiny(tmp_path / "base", scale=2.0, tie_word_embeddings=False)
-    run = bare_run(base, train={"micro_batch_tokens": 30, "loss_chunk_rows": 5})
     lora = {"r": 4, "alpha": 8, **settings}
-    run.student = moved(load(StudentConfig(model=str(base), lora=lora, **student), CPU))
+    made = load(StudentConfig(model=str(base), lora=lora, **student), CPU)
+    run = bare_run(base, student=made, train={"micro_batch_tokens": 30, "loss_chunk_rows": 5})
+    moved(run.student)
     checkpoint.export(tmp_path / "adapter", model=run.student.as_saved(), tokenizer=None)
     _, sums, trouble = accumulate(run, samples)
     plain = peft.PeftModel.from_pretrained(
@@ -112,10 +114,8 @@ def test_a_steps_gradient_is_that_of_plain_peft(settings, student, samples, tmp_
 @pytest.mark.slow
 def test_second_step_is_where_adams_states_are_and_only_adapters_have_any(samples, tmp_path) -> None:  # noqa: F811
     base = save_tiny(tmp_path / "base", scale=2.0)
-    run = bare_run(base, optim={"learning_rate": 0.01})
-    run.student = adapted(base)
+    run = bare_run(base, student=adapted(base), optim={"learning_rate": 0.01})
     before = {name: p.detach().clone() for name, p in run.student.model.named_parameters()}
-    run.optimizer = Optimizer(run.student.model.named_parameters(), run.config.optim, 10)
     assert run.optimizer.state()[0] == {}
     for step in range(3):
         run.step = step
