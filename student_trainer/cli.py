@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from student_trainer.config import TrainConfig
+from student_trainer.teachers.config import prefix
 from teacher_api import settings
 from teacher_api.errors import TeacherError
 
@@ -77,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     if "print_prompts" in extras:
         return _print_prompts(config)
     if "accept_new_teacher" in extras:
-        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"accept_new_teacher": True})})
+        config = config.accepting_new_teachers()
     if "accept_new_prompts" in extras:
         accepting = config.checkpoint.model_copy(update={"accept_new_prompts": True})
         config = config.model_copy(update={"checkpoint": accepting})
@@ -103,20 +104,20 @@ def _start(command: Command) -> int:
     try:
         if distributed.under_launcher():
             _refuse_another_number(command.config)
-            return _rank(command, os.environ.get(launch.LOCAL_TEACHER, ""))
+            return _rank(command, launch.urls_of_launcher())
         num_processes = _num_processes(command.config)
         for rank in range(num_processes):
             distributed.choose_device(command.config.student.device, rank)
-        with _teacher_url(command.config) as url:
+        with launch.teachers(command.config.all_teachers) as urls:
             if num_processes > 1:
-                return launch.run_ranks(num_processes, command.arguments, url)
-            return _rank(command, url)
+                return launch.run_ranks(num_processes, command.arguments, urls)
+            return _rank(command, urls)
     except ValueError as error:
         return _say(error, UNUSABLE)
 
 
-def _rank(command: Command, url: str = "") -> int:
-    """This process' part of the run."""
+def _rank(command: Command, urls: Mapping[str, str]) -> int:
+    """This process' part of the run, with the teachers at `urls`; none: they are to be found or started."""
     from student_trainer import distributed, guards, plan, scoring
     from student_trainer.checkpoint import CheckpointError
     from student_trainer.rollout.base import RolloutError
@@ -129,10 +130,10 @@ def _rank(command: Command, url: str = "") -> int:
             dist = distributed.join(config.student.device, config.teacher.timeout_s + COLLECTIVE_MARGIN_S)
             stack.callback(dist.close)
             distributed.set_arithmetic(config.train.threads, reference=config.train.reference)
-            url = url or _shared_teacher_url(config, dist, stack)
+            urls = urls or _shared_urls(config, dist, stack)
             stop = stack.enter_context(guards.StopSignals().installed())
             with guards.told_once(dist, _exit_code):
-                prepared = prepare(config, dist, url, stop)
+                prepared = prepare(config, dist, urls, stop)
                 stack.callback(prepared.close)
             with guards.told_once(dist, _exit_code):
                 require_alike(prepared)
@@ -178,30 +179,22 @@ def _rank(command: Command, url: str = "") -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _teacher_url(config: TrainConfig) -> Iterator[str]:
-    """The URL that is configured, or that of a local teacher, served as long as this is open."""
-    from student_trainer import launch
+def _shared_urls(config: TrainConfig, dist: Distributed, stack: contextlib.ExitStack) -> dict[str, str]:
+    """URLs of the teachers under somebody else's launcher: the main rank serves the local ones until `stack` ends, all
+    ranks get their URLs."""
+    from student_trainer import guards, launch
 
-    if config.teacher.model:
-        with launch.local_teacher(config.teacher) as url:
-            yield url
-    else:
-        yield config.teacher.url[0]
-
-
-def _shared_teacher_url(config: TrainConfig, dist: Distributed, stack: contextlib.ExitStack) -> str:
-    """As `_teacher_url`, under somebody else's launcher: the main rank serves until `stack` ends, all ranks get its
-    URL."""
-    from student_trainer import guards
-
-    if not config.teacher.model:
-        return config.teacher.url[0]
-    if int(os.environ.get("LOCAL_WORLD_SIZE", dist.world)) != dist.world:
-        raise ValueError("teacher.model serves one machine only; for several start teacher-serve and set teacher.url")
+    local = [prefix(name) for name, one in config.all_teachers.items() if one.model]
+    if local and int(os.environ.get("LOCAL_WORLD_SIZE", dist.world)) != dist.world:
+        raise ValueError(
+            f"{local[0]}.model serves one machine only; for several start teacher-serve and set {local[0]}.url"
+        )
+    urls: dict[str, str] = {}
     with guards.told_once(dist, _exit_code):
-        url = stack.enter_context(_teacher_url(config)) if dist.is_main else ""
-    return dist.first(url)
+        if dist.is_main:
+            urls = stack.enter_context(launch.teachers(config.all_teachers))
+    gathered: list[dict[str, str]] = dist.gather(urls)
+    return gathered[0]
 
 
 def _exit_code(error: Exception) -> int:

@@ -5,6 +5,7 @@ checks that concern several of them. The defaults written here and there are the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,7 +18,7 @@ from student_trainer.forms.config import LoraConfig, check_freeze, check_layers
 from student_trainer.losses.config import LossField, SampledTokenConfig, parse_loss
 from student_trainer.optim import OptimConfig
 from student_trainer.rollout.config import RolloutConfig
-from student_trainer.teachers.config import TeacherConfig
+from student_trainer.teachers.config import ONLY, NamedTeacherConfig, TeacherConfig, TeachingConfig, check_teachers
 from student_trainer.tracking import TrackingConfig
 from teacher_api.settings import Section
 
@@ -122,6 +123,10 @@ class TrainConfig(Section):
 
     student: StudentConfig = Field(default_factory=StudentConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    teachers: dict[str, NamedTeacherConfig] = Field(default_factory=dict)
+    """Instead of `teacher`: several, each under a name of your own with the keys of `teacher`, and `domains` or
+    `weight`: teachers.math.url=grpc://…"""
+    teaching: TeachingConfig = Field(default_factory=TeachingConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     loss: LossField = Field(default_factory=lambda: parse_loss({}))
@@ -132,17 +137,26 @@ class TrainConfig(Section):
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
+    @property
+    def all_teachers(self) -> Mapping[str, TeacherConfig]:
+        """By name; a single one has none."""
+        return self.teachers or {ONLY: self.teacher}
+
+    def accepting_new_teachers(self) -> TrainConfig:
+        """The same, with accept_new_teacher for each."""
+        accepting = {"accept_new_teacher": True}
+        if not self.teachers:
+            return self.model_copy(update={"teacher": self.teacher.model_copy(update=accepting)})
+        several = {name: one.model_copy(update=accepting) for name, one in self.teachers.items()}
+        return self.model_copy(update={"teachers": several})
+
     @model_validator(mode="after")
     def _complete(self) -> TrainConfig:
         if not self.student.model:
             raise ValueError("student.model is not set: name a directory or a hub id (--student MODEL)")
         if not self.data.source and not self.data.domains:
             raise ValueError("data.source is not set: name a file of prompts (--prompts FILE), or a data.preset")
-        if bool(self.teacher.url) == bool(self.teacher.model):
-            got = "both" if self.teacher.url else "neither"
-            raise ValueError(
-                f"expected one of teacher.url (--teacher-url) and teacher.model (--teacher-model), got {got}"
-            )
+        check_teachers(self.teacher, self.teachers, self.teaching, [domain.name for domain in self.data.domains])
         if self.optim.warmup_steps > self.train.steps and not self.train.epochs:
             raise ValueError(
                 f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps {self.train.steps}"
@@ -232,13 +246,14 @@ class TrainConfig(Section):
                 )
 
 
+_OF_A_TEACHER = (
+    "url", "tokenizer", "model", "name", "serve_args", "visible_devices", "api_key", "timeout_s", "attempt_timeout_s",
+    "start_timeout_s", "max_concurrency", "request_sequences", "accept_new_teacher", "compression",
+)  # fmt: skip
 FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "student": ("device", "gradient_checkpointing"),
-    "teacher": (
-        "url", "tokenizer", "model", "name", "serve_args", "visible_devices", "api_key", "timeout_s",
-        "attempt_timeout_s", "start_timeout_s", "max_concurrency", "request_sequences", "accept_new_teacher",
-        "compression",
-    ),
+    "teacher": _OF_A_TEACHER,
+    "teachers": _OF_A_TEACHER,
     "train": (
         "steps", "epochs", "micro_batch_tokens", "micro_batch_size", "packing", "share_prompt", "loss_chunk_rows",
         "output_dir", "num_processes", "threads", "max_bad_steps", "strategy", "cpu_offload",
@@ -269,8 +284,12 @@ def steps_of_epochs(config: TrainConfig, num_prompts: int) -> TrainConfig:
 def experiment(config: TrainConfig) -> dict[str, Any]:
     """The flat `section.key` -> value map of what makes two runs the same experiment, as JSON values."""
     flat: dict[str, Any] = {}
-    for section, values in config.model_dump(mode="json").items():
-        free = FREE_TO_CHANGE.get(section, ())
+    sections = config.model_dump(mode="json")
+    sections |= {f"teachers.{name}": values for name, values in sections.pop("teachers").items()}
+    if not config.teachers:
+        del sections["teaching"]
+    for section, values in sections.items():
+        free = FREE_TO_CHANGE.get(section.partition(".")[0], ())
         for key, value in values.items():
             if "*" not in free and key not in free:
                 flat[f"{section}.{key}"] = value

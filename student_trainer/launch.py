@@ -14,22 +14,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from student_trainer.scoring import HandshakeError
 from student_trainer.teachers.config import TeacherConfig
 
-LOCAL_TEACHER = "PRECEPTOR_LOCAL_TEACHER"
-"""Environment variable by which ranks learn the URL of the teacher that their launcher serves. Not an option: their
-configuration, which they record, stays as the user wrote it."""
+TEACHERS = "PRECEPTOR_TEACHERS"
+"""Environment variable by which ranks learn the URLs of the teachers, as JSON, from a launcher that serves some.
+Not an option: their configuration, which they record, stays as the user wrote it."""
 POLL_S = 0.1
 STOP_GRACE_S = 40.0
 """From SIGTERM to SIGKILL: a rank may write its checkpoint in this time."""
 TEACHER_STOP_S = 10.0
 TEACHER_LOAD_S = 1800.0
 """Longest wait for a local teacher to load; it exits at once where it can't."""
+
+
+@contextlib.contextmanager
+def teachers(configs: Mapping[str, TeacherConfig]) -> Iterator[dict[str, str]]:
+    """URLs of the teachers, by name; those with a `model` are served from children for as long as this is open."""
+    with contextlib.ExitStack() as stack:
+        yield {n: stack.enter_context(local_teacher(c)) if c.model else c.url[0] for n, c in configs.items()}
+
+
+def urls_of_launcher() -> dict[str, str]:
+    """What our own launcher told this rank; empty under somebody else's."""
+    found: dict[str, str] = json.loads(os.environ.get(TEACHERS, "{}"))
+    return found
 
 
 @contextlib.contextmanager
@@ -63,14 +76,14 @@ def local_teacher(config: TeacherConfig) -> Iterator[str]:
             _stop([child], TEACHER_STOP_S)
 
 
-def run_ranks(num_processes: int, arguments: Sequence[str], url: str) -> int:
-    """Runs `student-train` once per rank on this machine, with the teacher at `url`, and returns the exit code of the
+def run_ranks(num_processes: int, arguments: Sequence[str], urls: Mapping[str, str]) -> int:
+    """Runs `student-train` once per rank on this machine, with the teachers at `urls`, and returns the exit code of the
     first rank that failed, or 0.
 
     Signals that ask to stop are passed on; where one rank fails, the others are stopped.
     """
     shared = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    shared[LOCAL_TEACHER] = url
+    shared[TEACHERS] = json.dumps(dict(urls))
     command = [sys.executable, "-m", "student_trainer", *arguments]
     children: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []

@@ -85,6 +85,16 @@ def means(sums: Metrics) -> Metrics:
     return found
 
 
+def of_teacher(name: str, sums: Metrics) -> Metrics:
+    """What the objective's sums over the rows of one of several teachers say of it, under its name."""
+    found: Metrics = {}
+    for metric in ("delta", "teacher_mass", "student_mass"):
+        if name and metric in sums:
+            found[f"{name}/{metric}"] = sums[metric]
+            found[f"{ROWS_OF}{name}/{metric}"] = sums.get(ROWS_OF + metric, sums["trained_tokens"])
+    return found
+
+
 def sample_rows(scored: Sequence[ScoredRollout], decode: Callable[[list[int]], str], most: int) -> list[SampleRow]:
     """Rows of the console's table. Its KL is the mean of log q(y) − log p(y): an estimate from the sampled tokens, not
     defined where nobody sampled."""

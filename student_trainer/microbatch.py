@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from student_trainer.packing import PREFIX_WEIGHT, Packing
-from student_trainer.types import Rollout
+from student_trainer.types import Rollout, ScoredRollout
 
 
 def divide(rollouts: Sequence[Rollout], max_tokens: int, max_sequences: int, packing: Packing) -> list[list[int]]:
@@ -25,6 +25,18 @@ def divide(rollouts: Sequence[Rollout], max_tokens: int, max_sequences: int, pac
     else:
         batches = padded([len(r.prompt.token_ids) + r.num_tokens for r in rollouts], max_tokens, limit)
     return sorted((sorted(batch) for batch in batches), key=lambda batch: batch[0])
+
+
+def divide_by_teacher(
+    scored: Sequence[ScoredRollout], max_tokens: int, max_sequences: int, packing: Packing
+) -> list[list[int]]:
+    """As `divide`, with one teacher's samples in each: what different teachers give has different widths."""
+    batches: list[list[int]] = []
+    for teacher in dict.fromkeys(s.teacher for s in scored):
+        mine = [index for index, s in enumerate(scored) if s.teacher == teacher]
+        divided = divide([scored[index].rollout for index in mine], max_tokens, max_sequences, packing)
+        batches += [[mine[place] for place in batch] for batch in divided]
+    return batches
 
 
 def padded(lengths: Sequence[int], max_tokens: int, max_sequences: int) -> list[list[int]]:

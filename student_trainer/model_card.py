@@ -5,7 +5,7 @@ those who own the student's base, the teacher and the data.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,18 @@ ROWS = 12
 """Of a curve's table: steps evenly spread over the run, the first and the last among them."""
 
 
-def render(config: TrainConfig, teacher: TeacherInfo, lines: Sequence[dict[str, Any]]) -> str:
+def render(config: TrainConfig, teachers: Mapping[str, TeacherInfo], lines: Sequence[dict[str, Any]]) -> str:
     """The card.
 
     Args:
+        teachers: by their names in the run; a single one has none.
         lines: what tracking.read_metrics gives of the run.
     """
     steps = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "eval_accuracy" in line]
     facts = {
         "Student before": f"`{config.student.model}`",
-        "Teacher": f"`{teacher.model_name}`",
-        "Teacher's fingerprint": f"`{teacher.fingerprint}`",
-        "Tokenizer's fingerprint": f"`{teacher.tokenizer_fingerprint}`",
-        "Teacher's engine": f"{teacher.engine}, {teacher.scoring_path}",
+        **{fact: value for name, teacher in teachers.items() for fact, value in _facts(name, teacher).items()},
         "Objective": f"`{config.loss.objective}`",
         "Steps": str(config.train.steps),
         "Completion tokens trained on": f"{steps[-1]['total_tokens']:.0f}" if steps else "not logged",
@@ -54,6 +52,16 @@ def render(config: TrainConfig, teacher: TeacherInfo, lines: Sequence[dict[str, 
     settings = yaml.safe_dump(experiment(config), allow_unicode=True, sort_keys=True, width=1000)
     parts.append(f"```yaml\n{settings}```")
     return "\n\n".join(parts) + "\n"
+
+
+def _facts(name: str, teacher: TeacherInfo) -> dict[str, str]:
+    of = f" {name}" if name else ""
+    return {
+        f"Teacher{of}": f"`{teacher.model_name}`",
+        f"Teacher{of}'s fingerprint": f"`{teacher.fingerprint}`",
+        f"Tokenizer's fingerprint{f' (teacher {name})' if name else ''}": f"`{teacher.tokenizer_fingerprint}`",
+        f"Teacher{of}'s engine": f"{teacher.engine}, {teacher.scoring_path}",
+    }
 
 
 def _header(config: TrainConfig) -> str:

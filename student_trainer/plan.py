@@ -9,6 +9,7 @@ from student_trainer.measure import measure
 from student_trainer.rollout.likely import with_likely_ids
 from student_trainer.run import Run, make_sampler
 from student_trainer.student import activation_bytes
+from teacher_api.types import TeacherInfo
 
 OPTIMIZER_VALUES = {"adamw": 2, "muon": 2}
 """float32 values of optimizer state per parameter: AdamW's two moments (Muon keeps one for its matrices)."""
@@ -77,15 +78,14 @@ def try_once(run: Run) -> str:
 
 def describe(run: Run) -> list[str]:
     """The plan, a line each."""
-    config, teacher = run.config, run.teacher
+    config = run.config
     parameters = sum(p.numel() for p in run.student.model.parameters())
     per_step = config.train.batch_size * config.rollout.group_size
     parts = memory(run, micro_batch_tokens(run))
     lines = [
         f"student   {config.student.model} ({type(run.student.model).__name__}, {parameters:,} parameters, "
         f"{config.student.dtype} on {run.student.device})",
-        f"teacher   {teacher.model_name} ({teacher.engine} {teacher.engine_version}, {teacher.dtype}, fingerprint "
-        f"{teacher.fingerprint})",
+        *(_teacher(name, info) for name, info in run.teachers.items()),
         f"prompts   {_prompts(run)} from {config.data.named}; completed up to {run.longest_tokens} tokens",
         f"loss      {config.loss.objective}, teacher top-k {run.needs.top_k}, student top-k {run.needs.student_top_k}",
         f"steps     {config.train.steps - run.step} of {config.train.steps} to do, {per_step} samples each, on "
@@ -104,6 +104,14 @@ def _prompts(run: Run) -> str:
     count, fraction = run.prompts.num_prompts, run.config.data.on_policy_fraction
     number = "a stream" if count is None else f"{count:,}"
     return number if fraction == 1.0 else f"{number} ({1 - fraction:.0%} of training on fixed completions)"
+
+
+def _teacher(name: str, info: TeacherInfo) -> str:
+    of = f"{name}: " if name else ""
+    return (
+        f"teacher   {of}{info.model_name} ({info.engine} {info.engine_version}, {info.dtype}, fingerprint "
+        f"{info.fingerprint})"
+    )
 
 
 def human(num_bytes: float) -> str:

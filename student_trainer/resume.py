@@ -15,6 +15,7 @@ from typing import IO, Any
 from student_trainer import checkpoint
 from student_trainer.config import TrainConfig, differences, experiment
 from student_trainer.data import DataError, Prompts
+from student_trainer.teachers.config import ONLY
 from teacher_api.settings import dump_yaml
 
 RUN_FILE, CONFIG_FILE, FINAL, LOCK_FILE = "run.json", "config.yaml", "final", ".lock"
@@ -89,6 +90,12 @@ def _start(config: TrainConfig) -> Start:
     goes_on = f"the run goes on from {latest}" if latest else "the run begins anew"
     warnings = tuple(f"{wrong}; {goes_on}" for wrong in passed_over)
     return Start(latest, {} if latest is None else checkpoint.read_state(latest), warnings)
+
+
+def fingerprints(start: Start) -> dict[str, str]:
+    """Of the teachers that the run was trained by so far, by their names in it; none where it begins."""
+    only = start.state.get("teacher_fingerprint")  # as it was written before there could be several
+    return dict(start.state.get("teacher_fingerprints", {ONLY: only} if only else {}))
 
 
 def go_on_with_prompts(start: Start, config: TrainConfig, prompts: Prompts) -> None:

@@ -5,12 +5,12 @@ checkpoints. Everything that can be refused is refused in `prepare`, before the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from student_trainer import checkpoint, guards, metrics, model_card, packing_check, resume, scoring
+from student_trainer import checkpoint, guards, metrics, model_card, packing_check, resume
 from student_trainer import student as students
 from student_trainer.alarms import Alarms
 from student_trainer.config import TrainConfig, steps_of_epochs
@@ -26,9 +26,11 @@ from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.choose import choose
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student
+from student_trainer.teachers.config import prefix
+from student_trainer.teachers.panel import Panel, connect
 from student_trainer.tracking import METRICS_FILE, Tracker, check_installed, read_metrics
 from student_trainer.types import Metrics, Prompt, ScoredRollout
-from teacher_api.types import ScoreOptions, TeacherInfo
+from teacher_api.types import TeacherInfo
 
 SAMPLES_SHOWN = 3
 CHUNK_BYTES = 64 * 2**20
@@ -47,8 +49,7 @@ class Run:
     eval_prompts: Sequence[Prompt]
     sampler: TorchSampler
     eval_sampler: TorchSampler
-    scorer: scoring.TeacherScorer
-    teacher: TeacherInfo
+    scorer: Panel
     objective: AnyObjective
     needs: Needs
     strategy: Replicated
@@ -70,6 +71,11 @@ class Run:
     @property
     def optimizer(self) -> Optimizer:
         return self.strategy.optimizer
+
+    @property
+    def teachers(self) -> dict[str, TeacherInfo]:
+        """What each teacher says of itself, by its name in the run."""
+        return {name: member.info for name, member in self.scorer.members.items()}
 
     @property
     def run_dir(self) -> Path:
@@ -105,6 +111,7 @@ class Run:
         """Metrics of the step that `step` now counts, reduced over ranks, to the console and the trackers."""
         figures = metrics.of_rollouts(scored, self.dist.sum_metrics)
         self.tokens += int(figures["tokens"])
+        figures |= self.scorer.figures(self.dist.sum_metrics)
         figures = {**learned, **figures, "total_tokens": float(self.tokens)}
         if any(source.overlong == "drop" for source in self.config.data.sources):
             figures["dropped_prompts"] = float(self.prompts.dropped().total)
@@ -172,7 +179,7 @@ class Run:
             "total_skipped": self.bad_steps.total,
             "alarms": self.alarms.state(),
             "figures": {k: v for k, v in self.figures.items() if metrics.finite(v) and "seconds" not in k},
-            "teacher_fingerprint": self.teacher.fingerprint,
+            "teacher_fingerprints": self.scorer.fingerprints,
             "prompts": self._prompts_state(),
             "world": self.dist.world,
         }
@@ -215,7 +222,7 @@ class Run:
         """The final student, as a directory that plain transformers loads; its adapters, too, in one beside it."""
         with self.strategy.whole(main_only=True, on_host=True):
             if self.dist.is_main:
-                card = model_card.render(self.config, self.teacher, read_metrics(self.run_dir / METRICS_FILE))
+                card = model_card.render(self.config, self.teachers, read_metrics(self.run_dir / METRICS_FILE))
                 for suffix, model in self.student.exports().items():
                     directory = self.run_dir / (resume.FINAL + suffix)
                     checkpoint.export(directory, model=model, tokenizer=self.student.tokenizer, card=card)
@@ -241,8 +248,11 @@ class Run:
         return str(self.student.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopSignals) -> Run:
+def prepare(config: TrainConfig, dist: Distributed, urls: Mapping[str, str], stop: guards.StopSignals) -> Run:
     """Loads and checks everything; writes nothing, and waits for no other rank. `Run.spread` comes next.
+
+    Args:
+        urls: of the teachers, by name.
 
     Raises:
         ValueError: a family of one-line refusals: student, data, output directory, handshake.
@@ -251,12 +261,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     start = None if config.train.epochs else resume.find_start(config)
     check_installed(config.tracking)
     objective = build(config.loss)
-    needs = objective.needs(config.teacher.top_k)
     strategy = choose(config.train, dist)
-    if config.teacher.value_type == "float16" and not needs.top_k:
-        raise ValueError(
-            f"teacher.value_type: got float16, but {config.loss.objective} asks for no top-k values; expected float32"
-        )
     student = students.load(
         config.student, dist.device, seed=config.train.seed, checkpoint=_going_on_from(config, start)
     )
@@ -267,18 +272,17 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
     start = start or resume.find_start(config)
     resume.go_on_with_prompts(start, config, prompts)
     longest = _longest_tokens(config, student, prompts)
-    options = ScoreOptions(
-        top_k=needs.top_k, temperature=config.loss.teacher_temperature, value_type=config.teacher.value_type
+    scorer, warnings = connect(
+        config,
+        urls,
+        objective,
+        tokenizer=student.tokenizer,
+        longest_tokens=longest,
+        began_with=resume.fingerprints(start),
     )
-    run_name = Path(config.train.output_dir).name
-    client, teacher = scoring.connect(config.teacher, url, run_name=run_name, tokenizer=student.tokenizer)
     try:
-        scoring.check_tokenizer(student.tokenizer, teacher)
-        warnings = scoring.check_teacher(teacher, needs, options, longest)
-        warnings += [*start.warnings, *_warnings(config, prompts, needs)]
+        warnings += [*start.warnings, *_warnings(config, prompts, scorer.needs)]
         warnings += [student.packing.reason] if student.packing.reason else []
-        began_with = str(start.state.get("teacher_fingerprint", ""))
-        scoring.check_same_teacher(began_with, teacher, config.teacher.accept_new_teacher)
         if start.checkpoint is not None:
             checkpoint.load_model_weights(start.checkpoint, student.model)
         return Run(
@@ -290,10 +294,9 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
             eval_prompts=_eval_prompts(config, student),
             sampler=make_sampler(config, student, {}),
             eval_sampler=make_sampler(config, student, _eval_settings(config)),
-            scorer=scoring.TeacherScorer(client, url, config.teacher, options),
-            teacher=teacher,
+            scorer=scorer,
             objective=objective,
-            needs=needs,
+            needs=scorer.needs,
             strategy=strategy,
             bad_steps=guards.BadSteps(
                 config.train.max_bad_steps,
@@ -313,7 +316,7 @@ def prepare(config: TrainConfig, dist: Distributed, url: str, stop: guards.StopS
             saved_at=start.step if start.checkpoint else -1,
         )
     except BaseException:
-        client.close()
+        scorer.close()
         raise
 
 
@@ -328,7 +331,8 @@ def require_alike(run: Run) -> None:
     """Raises ValueError, on every rank, where ranks are about to train different things."""
     if run.dist.world > 1:
         run.dist.require_equal("the student's weights", weights_digest(run.student.model.named_parameters()))
-        run.dist.require_equal("the teacher's fingerprint", run.teacher.fingerprint)
+        for name, fingerprint in run.scorer.fingerprints.items():
+            run.dist.require_equal(f"the fingerprint of {prefix(name)}", fingerprint)
         run.dist.require_equal("the first step", str(run.step))
         run.dist.require_equal("the digest of the prompts", run.prompts.digest())
 
@@ -372,13 +376,12 @@ def _eval_prompts(config: TrainConfig, student: Student) -> Sequence[Prompt]:
 def _warnings(config: TrainConfig, prompts: Prompts, needs: Needs) -> list[str]:
     """What is allowed, but should be known."""
     found = []
-    top_k = config.teacher.top_k
-    if (
-        not needs.top_k
-        and not needs.student_top_k
-        and top_k not in (0, type(config.teacher).model_fields["top_k"].default)
-    ):
-        found.append(f"teacher.top_k is {top_k}, but {config.loss.objective} asks for the sampled token alone")
+    for name, one in config.all_teachers.items():
+        idle = one.top_k not in (0, type(one).model_fields["top_k"].default)
+        if idle and not needs.top_k and not needs.student_top_k:
+            found.append(
+                f"{prefix(name)}.top_k is {one.top_k}, but {config.loss.objective} asks for the sampled token alone"
+            )
     dropped = prompts.dropped()
     for count, limit in ((dropped.prompts, "max_prompt_tokens"), (dropped.answers, "max_answer_tokens")):
         if count and prompts.num_prompts is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -34,23 +34,27 @@ class HandshakeError(ValueError):
 class TeacherGone(RuntimeError):
     """The teacher stayed away past its budget. Nothing was lost: the run goes on from its checkpoint."""
 
-    def __init__(self, url: str, seconds: float, cause: TeacherError) -> None:
-        super().__init__(f"no teacher at {url} for {seconds:.0f} s ({cause}); run the same command again to go on")
-        self.url, self.seconds, self.cause = url, seconds, cause
+    def __init__(self, url: str, seconds: float, cause: TeacherError, name: str = "") -> None:
+        who = f"teacher {name}" if name else "teacher"
+        super().__init__(f"no {who} at {url} for {seconds:.0f} s ({cause}); run the same command again to go on")
+        self.url, self.seconds, self.cause, self.name = url, seconds, cause, name
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (self.url, self.seconds, self.cause))
+        return (type(self), (self.url, self.seconds, self.cause, self.name))
 
 
 class ScoreError(RuntimeError):
     """The teacher's answer can't be trained on; the message names the sample and the position."""
 
 
-def connect(config: TeacherConfig, url: str, *, run_name: str, tokenizer: object) -> tuple[TeacherClient, TeacherInfo]:
+def connect(
+    config: TeacherConfig, url: str, *, run_name: str, tokenizer: object, name: str = ""
+) -> tuple[TeacherClient, TeacherInfo]:
     """A client bound to the teacher that answers at `url`, and what it says of itself.
 
     Args:
         tokenizer: the student's; a stock server's is taken to be equal unless teacher.tokenizer names it.
+        name: the run's own for this teacher, where it has several.
 
     Raises:
         TeacherGone: nobody answered within teacher.start_timeout_s.
@@ -72,7 +76,7 @@ def connect(config: TeacherConfig, url: str, *, run_name: str, tokenizer: object
     except TeacherError as error:
         if isinstance(error, Unsupported) and error.field == "compression":
             raise HandshakeError(f"teacher.compression: {error.message}") from error
-        raise _classified(error, url, time.monotonic() - started) from error
+        raise _classified(error, url, time.monotonic() - started, name) from error
     client = TeacherClient(
         url,
         api_key=key,
@@ -115,11 +119,14 @@ def check_tokenizer(tokenizer: object, info: TeacherInfo) -> None:
         raise HandshakeError(f"student and teacher {info.model_name} have different tokenizers: {what}")
 
 
-def check_teacher(info: TeacherInfo, needs: Needs, options: ScoreOptions, longest_tokens: int) -> list[str]:
+def check_teacher(
+    info: TeacherInfo, needs: Needs, options: ScoreOptions, longest_tokens: int, key: str = "teacher"
+) -> list[str]:
     """Holds what the run will ask for against what the teacher says it can do.
 
     Args:
         longest_tokens: longest sequence that can come up, prompt and completion.
+        key: the section of its configuration.
 
     Returns:
         Warnings: things that work, but not exactly.
@@ -139,10 +146,10 @@ def check_teacher(info: TeacherInfo, needs: Needs, options: ScoreOptions, longes
         cure = "; with loss.support=teacher no candidates are sent" if "candidates" in lacking else ""
         raise HandshakeError(
             f"the teacher ({info.engine}, {info.scoring_path}) does not offer {', '.join(lacking)}, which loss and "
-            f"teacher.top_k={options.top_k} ask for; it offers {', '.join(info.features)}{cure}"
+            f"{key}.top_k={options.top_k} ask for; it offers {', '.join(info.features)}{cure}"
         )
     if isinstance(options.top_k, int) and options.top_k > info.max_top_k:
-        raise HandshakeError(f"teacher.top_k is {options.top_k}, this teacher gives at most {info.max_top_k}")
+        raise HandshakeError(f"{key}.top_k is {options.top_k}, this teacher gives at most {info.max_top_k}")
     if wanted["candidates"] and needs.student_top_k > info.max_candidates:
         raise HandshakeError(
             f"loss.support sends {needs.student_top_k} candidates per row, this teacher takes {info.max_candidates}"
@@ -154,7 +161,7 @@ def check_teacher(info: TeacherInfo, needs: Needs, options: ScoreOptions, longes
         )
     warnings = differences(info)
     if info.tokenizer_fingerprint == UNVERIFIED:
-        warnings.append("set teacher.tokenizer to the directory of the teacher's tokenizer to have it compared")
+        warnings.append(f"set {key}.tokenizer to the directory of the teacher's tokenizer to have it compared")
     if options.top_k not in (0, "all") and "exact_tail" not in info.features:
         warnings.append(
             "this teacher does not compute the tail from its logits (no exact_tail): tail masses are approximate"
@@ -172,13 +179,21 @@ def check_same_teacher(began_with: str, info: TeacherInfo, accept_new: bool) -> 
 
 
 class TeacherScorer:
-    """Scores rollouts with one teacher. Answers are bound to the fingerprint its client expects."""
+    """Scores rollouts with one teacher. Answers are bound to the fingerprint its client expects.
 
-    def __init__(self, client: TeacherClient, url: str, config: TeacherConfig, options: ScoreOptions) -> None:
+    Args:
+        name: the run's own for this teacher, where it has several.
+    """
+
+    def __init__(
+        self, client: TeacherClient, url: str, config: TeacherConfig, options: ScoreOptions, name: str = ""
+    ) -> None:
         self._client = client
         self._url = url
         self._request_sequences = config.request_sequences
         self.options = options
+        self.name = name
+        self._who = f"teacher {name}" if name else "the teacher"
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """The teacher's view of every completion token, in the order of `rollouts`.
@@ -188,29 +203,39 @@ class TeacherScorer:
             TeacherError: it refused (a typed error of the contract).
             ScoreError: an answer is missing, doubled, or not finite, or was withheld each time as not finite.
         """
+        send = self.options.top_k != "all"
+        return self.ask(rollouts, [_students(r) if send else None for r in rollouts], self.options)
+
+    def ask(
+        self, rollouts: Sequence[Rollout], candidates: Sequence[Candidates | None], options: ScoreOptions
+    ) -> list[ScoredRollout]:
+        """As `score`, with candidates of the caller's choice for each rollout."""
         if not rollouts:
             return []
         started = time.monotonic()
         answers: dict[str, Scores] = {}
+        by_uid = {r.uid: chosen for r, chosen in zip(rollouts, candidates, strict=True)}
         try:
-            for scores in self._client.score_many(self._requests(rollouts)):
+            for scores in self._client.score_many(self._requests(rollouts, by_uid, options)):
                 if scores.id in answers:
-                    raise ScoreError(f"the teacher answered sample {scores.id} twice")
+                    raise ScoreError(f"{self._who} answered sample {scores.id} twice")
                 answers[scores.id] = scores
         except TeacherError as error:
-            raise _classified(error, self._url, time.monotonic() - started) from error
+            raise _classified(error, self._url, time.monotonic() - started, self.name) from error
         missing = [r.uid for r in rollouts if str(r.uid) not in answers]
         if missing:
-            raise ScoreError(f"the teacher left out {len(missing)} of {len(rollouts)} samples, such as {missing[0]}")
+            raise ScoreError(f"{self._who} left out {len(missing)} of {len(rollouts)} samples, such as {missing[0]}")
         try:
-            return [ScoredRollout(r, _checked(r, answers[str(r.uid)], self.options)) for r in rollouts]
+            return [ScoredRollout(r, _checked(r, answers[str(r.uid)], options), self.name) for r in rollouts]
         except ValueError as error:  # positions that are not the sample's
             raise ScoreError(str(error)) from error
 
     def close(self) -> None:
         self._client.close()
 
-    def _requests(self, rollouts: Sequence[Rollout]) -> Iterator[ScoreRequest]:
+    def _requests(
+        self, rollouts: Sequence[Rollout], candidates: Mapping[int, Candidates | None], options: ScoreOptions
+    ) -> Iterator[ScoreRequest]:
         """Requests of up to `request_sequences` completions; those of one prompt share it on the wire."""
         for group in _grouped(rollouts, self._request_sequences):
             places: dict[int, int] = {}
@@ -219,18 +244,26 @@ class TeacherScorer:
             prompts = {r.prompt.index: r.prompt.token_ids for r in group}
             yield ScoreRequest(
                 prompts=[np.asarray(prompts[index], dtype=np.int32) for index in places],
-                completions=[self._completion(r, places[r.prompt.index]) for r in group],
-                options=self.options,
+                completions=[
+                    Completion(
+                        id=str(r.uid),
+                        token_ids=np.asarray(r.token_ids, dtype=np.int32),
+                        prompt_index=places[r.prompt.index],
+                        candidates=candidates[r.uid],
+                    )
+                    for r in group
+                ],
+                options=options,
             )
 
-    def _completion(self, rollout: Rollout, prompt_index: int) -> Completion:
-        ids = rollout.student_topk_ids
-        candidates = None
-        if ids is not None and self.options.top_k != "all":
-            offsets = np.arange(len(ids) + 1, dtype=np.int32) * ids.shape[1]
-            candidates = Candidates(np.ascontiguousarray(ids, dtype=np.int32).reshape(-1), offsets)
-        tokens = np.asarray(rollout.token_ids, dtype=np.int32)
-        return Completion(id=str(rollout.uid), token_ids=tokens, prompt_index=prompt_index, candidates=candidates)
+
+def _students(rollout: Rollout) -> Candidates | None:
+    """The ids the student found likely when it sampled."""
+    ids = rollout.student_topk_ids
+    if ids is None:
+        return None
+    offsets = np.arange(len(ids) + 1, dtype=np.int32) * ids.shape[1]
+    return Candidates(np.ascontiguousarray(ids, dtype=np.int32).reshape(-1), offsets)
 
 
 def _grouped(rollouts: Sequence[Rollout], most: int) -> Iterator[list[Rollout]]:
@@ -268,14 +301,15 @@ def _checked(rollout: Rollout, scores: Scores, options: ScoreOptions) -> Scores:
     return scores
 
 
-def _classified(error: TeacherError, url: str, seconds: float) -> Exception:
+def _classified(error: TeacherError, url: str, seconds: float, name: str) -> Exception:
     """What a failed call means for the run: a teacher that is away, one whose numbers are broken, another teacher, or a
     refusal as it is."""
     if isinstance(error, InvalidBackendOutput | CorruptResponse):
         asked = f", request {error.request_id}" if error.request_id else ""
-        return ScoreError(f"the teacher at {url} gives no usable scores, for {seconds:.0f} s{asked}: {error}")
+        who = f"teacher {name}" if name else "the teacher"
+        return ScoreError(f"{who} at {url} gives no usable scores, for {seconds:.0f} s{asked}: {error}")
     if error.retryable or isinstance(error, DeadlineExceeded):
-        return TeacherGone(url, seconds, error)
+        return TeacherGone(url, seconds, error, name)
     if isinstance(error, FingerprintMismatch):
         return HandshakeError(f"the teacher at {url} is not the one this run works with: {error.message}")
     return error

@@ -11,7 +11,7 @@ from student_trainer.data import fixed
 from student_trainer.losses import importance, normalise
 from student_trainer.losses.mask import loss_mask
 from student_trainer.losses.rows import loss_rows
-from student_trainer.microbatch import divide
+from student_trainer.microbatch import divide_by_teacher
 from student_trainer.rollout.given import with_prompt
 from student_trainer.rollout.likely import with_likely_ids
 from student_trainer.run import Run
@@ -98,7 +98,7 @@ def accumulate(run: Run, scored: list[ScoredRollout]) -> tuple[float, Metrics, s
     train, samples = config.train, [s.rollout for s in scored]
     sums: Metrics = {}
     trouble = ""
-    divided = divide(samples, train.micro_batch_tokens, train.micro_batch_size, run.student.packing)
+    divided = divide_by_teacher(scored, train.micro_batch_tokens, train.micro_batch_size, run.student.packing)
     learning = [batch for batch in divided if any(weights[i].any() for i in batch)]
     for batch in run.strategy.together(learning):
         members, rollouts = [scored[i] for i in batch], [samples[i] for i in batch]
@@ -110,5 +110,6 @@ def accumulate(run: Run, scored: list[ScoredRollout]) -> tuple[float, Metrics, s
             hidden_NH.retain_grad()  # for guards.locate_non_finite
         loss, partial = importance.backward(run.student.head, hidden_NH, run.objective, rows, weights_N, run.chunk_rows)
         metrics.add(sums, {"loss": loss, **partial})
+        metrics.add(sums, metrics.of_teacher(members[0].teacher, partial))
         trouble = trouble or guards.locate_non_finite(loss, hidden_NH, rollouts)
     return float(global_counts[0]), sums, trouble

@@ -83,6 +83,7 @@ class ScoredRollout:
 
     rollout: Rollout
     scores: Scores
+    teacher: str = ""  # whose view it is; empty: the only teacher's, or the mixture of all
 
     def __post_init__(self) -> None:
         start = len(self.rollout.prompt.token_ids)

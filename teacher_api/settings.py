@@ -71,19 +71,23 @@ class _Merged:
         """Sets one key; a mapping merges into what is there, anything else replaces it."""
         known = text.field_at(self.cls, path)
         if value is None and known.is_section and type(None) not in known.leaves:
-            return  # a section whose keys are all commented out
+            value = {}  # a section whose keys are all commented out
         if isinstance(value, Mapping) and known.is_section:
+            self._node(path)  # a section that the user named is there even if it is empty
             for key, inner in value.items():
                 self.put((*path, str(key)), inner, origin)
             return
+        self._node(path[:-1])[path[-1]] = value
+        self.origins[path] = origin
+
+    def _node(self, path: tuple[str, ...]) -> dict[str, Any]:
         node = self.values
-        for part in path[:-1]:
+        for part in path:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
                 child = node[part] = {}
             node = child
-        node[path[-1]] = value
-        self.origins[path] = origin
+        return node
 
 
 def load(
@@ -267,6 +271,8 @@ def dump_yaml(section: BaseModel) -> str:
             inner = getattr(model, name)
             if isinstance(inner, BaseModel):
                 data[name] = without_secrets(inner)
+            elif isinstance(inner, Mapping) and all(isinstance(v, BaseModel) for v in inner.values()):
+                data[name] = {key: without_secrets(value) for key, value in inner.items()}
             elif _is_secret(inner):
                 del data[name]
         return data

@@ -71,6 +71,12 @@ def _sections(leaves: Sequence[Any]) -> list[type[BaseModel]]:
     return [leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
 
 
+def _sections_by_name(leaves: Sequence[Any]) -> list[type[BaseModel]]:
+    """Of a mapping from names of the user's own to sections: those sections."""
+    mappings = [leaf for leaf in leaves if get_origin(leaf) in (dict, Mapping)]
+    return [section for leaf in mappings for section in _sections(get_args(leaf)[1:])]
+
+
 def _known(info: FieldInfo) -> Known:
     leaves = _leaves(info.annotation)
     free = any(isinstance(m, _POLYMORPHIC) for m in info.metadata) or Any in leaves
@@ -86,11 +92,16 @@ def field_at(cls: type[BaseModel], path: tuple[str, ...], near: Iterable[str] = 
     """
     classes, known = [cls], Known((cls,), is_section=True)
     for i, part in enumerate(path):
+        by_name = _sections_by_name(known.leaves)
+        if by_name:
+            classes, known = by_name, Known(tuple(by_name), is_section=True)
+            continue
         infos = [c.model_fields[part] for c in classes if part in c.model_fields]
         if not infos:
             if known.is_free and i:
                 return FREE
-            raise SettingsError(_unknown_key(cls, path, near))
+            siblings = [".".join((*path[:i], name)) for c in classes for name in c.model_fields]
+            raise SettingsError(_unknown_key(cls, path, near, siblings if i else ()))
         inner = [_known(info) for info in infos]
         known = Known(
             tuple(leaf for k in inner for leaf in k.leaves),
@@ -121,9 +132,9 @@ def all_keys(cls: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tup
             yield (*prefix, name), info
 
 
-def _unknown_key(cls: type[BaseModel], path: tuple[str, ...], near: Iterable[str]) -> str:
+def _unknown_key(cls: type[BaseModel], path: tuple[str, ...], near: Iterable[str], siblings: Iterable[str] = ()) -> str:
     key = ".".join(path)
-    keys = [".".join(p) for p, _ in all_keys(cls)]
+    keys = [*(".".join(p) for p, _ in all_keys(cls)), *siblings]
     shown = {name: name for name in (*keys, *cls.model_fields)} | {
         flag.removeprefix("--").replace("-", "_"): flag for flag in near
     }

@@ -154,10 +154,10 @@ def _first_occurrences(ids_NL: Tensor) -> Tensor:
 
 
 def _overlap(teacher_ids_NK: Tensor, student_ids_NK: Tensor) -> Tensor:
-    """|T ∩ S| / |T| per row, float32 [N]; neither side holds an id twice."""
+    """|T ∩ S| / |T| per row, float32 [N]; a mixture's T holds some ids several times."""
     both = torch.cat([teacher_ids_NK, student_ids_NK], dim=1)
-    repeated = (~_first_occurrences(both)).sum(1)
-    return repeated.float() / teacher_ids_NK.shape[1]
+    teacher, student, union = (_first_occurrences(ids).sum(1) for ids in (teacher_ids_NK, student_ids_NK, both))
+    return (teacher + student - union).float() / teacher
 
 
 def _check(sample: ScoredRollout) -> None:

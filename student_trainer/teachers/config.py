@@ -1,13 +1,19 @@
-"""Who teaches: the `teacher` section of the configuration."""
+"""Who teaches: the `teacher` section of the configuration, and `teachers` and `teaching` in its place for several."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from teacher_api import compression
 from teacher_api.settings import Section
+
+ONLY = ""
+"""Name of the teacher of a run that has one."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class TeacherConfig(Section):
@@ -106,3 +112,100 @@ class TeacherConfig(Section):
                     "that the run starts itself (teacher.model)"
                 )
         return self
+
+
+class NamedTeacherConfig(TeacherConfig):
+    """One of several."""
+
+    domains: tuple[str, ...] = ()
+    """With teaching.by domain: the domains whose prompts it teaches; none named: the one of its own name."""
+    weight: float | None = Field(None, gt=0)
+    """With teaching.by mixture or sample: its share, relative to the others'; unset: 1."""
+
+
+class TeachingConfig(Section):
+    """How several teachers share the work."""
+
+    by: Literal["domain", "mixture", "sample"] = "domain"
+    """domain: a prompt's domain has one teacher. mixture: the target at every position is the weighted mean of all
+    teachers' distributions. sample: each sample has one teacher, drawn by weight from the seed and its number."""
+
+
+def prefix(name: str) -> str:
+    """What the keys of the teacher `name` begin with."""
+    return f"teachers.{name}" if name else "teacher"
+
+
+def check_teachers(
+    teacher: TeacherConfig,
+    teachers: Mapping[str, NamedTeacherConfig],
+    teaching: TeachingConfig,
+    domains: Sequence[str],
+) -> None:
+    """What must hold between the three sections.
+
+    Args:
+        domains: names of data.domains.
+
+    Raises:
+        ValueError: both ways of naming teachers; an option that the choice of teachers leaves without effect; or two
+            that contradict each other.
+    """
+    if teachers and teacher != TeacherConfig():
+        raise ValueError(
+            f"teacher: got it beside teachers ({', '.join(teachers)}), expected one of them; give each of several "
+            "teachers its own section, as teachers.NAME.url=…"
+        )
+    if not teachers and teaching != TeachingConfig():
+        raise ValueError(f"teaching.by: got {teaching.by} without teachers, expected several (teachers.NAME.url=…)")
+    named: Mapping[str, TeacherConfig] = teachers or {ONLY: teacher}
+    for name, one in named.items():
+        if bool(one.url) == bool(one.model):
+            got = "both" if one.url else "neither"
+            flags = "" if name else " (--teacher-url)", "" if name else " (--teacher-model)"
+            where = prefix(name)
+            raise ValueError(f"expected one of {where}.url{flags[0]} and {where}.model{flags[1]}, got {got}")
+    if teachers:
+        _check_sharing(teachers, teaching.by)
+    if teachers and teaching.by == "domain":
+        _check_domains(teachers, domains)
+
+
+def _check_sharing(teachers: Mapping[str, NamedTeacherConfig], by: str) -> None:
+    idle = "weight" if by == "domain" else "domains"
+    for name, one in teachers.items():
+        if not NAME.fullmatch(name):
+            raise ValueError(f"teachers: got the name {name!r}, expected up to 64 letters, digits, dashes, underscores")
+        if getattr(one, idle):
+            raise ValueError(f"teachers.{name}.{idle}: got {getattr(one, idle)} with teaching.by {by}, expected none")
+    kinds = {one.top_k == "all" for one in teachers.values()}
+    if by == "mixture" and len(kinds) > 1:
+        raise ValueError(
+            "teachers.*.top_k: got all for some and a number for others with teaching.by mixture, expected all for "
+            "every teacher or for none"
+        )
+
+
+def _check_domains(teachers: Mapping[str, NamedTeacherConfig], domains: Sequence[str]) -> None:
+    """Each domain of the data has one teacher, and each teacher one of them."""
+    owners: dict[str, str] = {}
+    for name, one in teachers.items():
+        for domain in domains_of(name, one):
+            other = owners.setdefault(domain, name)
+            if other != name:
+                raise ValueError(
+                    f"teachers.{name}.domains: {domain!r} is taught by teachers.{other}, expected one teacher"
+                )
+            if domain not in domains:
+                expected = f"one of {', '.join(domains)}" if domains else "data.domains to name some"
+                raise ValueError(f"teachers.{name}.domains: the data has no {domain!r}, expected {expected}")
+    for domain in domains:
+        if domain not in owners:
+            raise ValueError(
+                f"data.domains: {domain!r} has no teacher, expected it in the domains of one of {', '.join(teachers)}"
+            )
+
+
+def domains_of(name: str, config: NamedTeacherConfig) -> tuple[str, ...]:
+    """The domains that the teacher `name` teaches."""
+    return config.domains or (name,)

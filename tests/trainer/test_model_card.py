@@ -42,7 +42,7 @@ def card(student: str, key: str = "a-secret") -> str:
             "optim": {"learning_rate": 3e-5},
         }
     )
-    return model_card.render(config, TEACHER, LINES)
+    return model_card.render(config, {"": TEACHER}, LINES)
 
 
 def table_after(text: str, heading: str) -> list[list[str]]:

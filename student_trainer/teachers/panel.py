@@ -1,0 +1,301 @@
+"""All teachers of a run: who scores which sample, the handshake with each, and what they do together. One teacher is a
+panel of one; it is asked as ever.
+
+Invariants: which teacher a sample gets is a pure function of the configuration, its prompt's domain, the seed and its
+number; teachers are asked at the same time; each has its own outage budget, and the first that fails ends the call.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from student_trainer import metrics, scoring
+from student_trainer.config import TrainConfig
+from student_trainer.losses.base import ROWS_OF, AnyObjective, Needs
+from student_trainer.teachers import mixture
+from student_trainer.teachers.config import ONLY, NamedTeacherConfig, TeacherConfig, domains_of, prefix
+from student_trainer.types import Metrics, Rollout, ScoredRollout
+from teacher_api.types import ScoreOptions, TeacherInfo
+
+T = TypeVar("T")
+CHOICE_STREAM = 1
+"""Highest word of the Philox counter: the sampler draws a sample's tokens from the same key, at 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One teacher, after the handshake."""
+
+    name: str
+    config: TeacherConfig
+    scorer: scoring.TeacherScorer
+    info: TeacherInfo
+
+    @property
+    def weight(self) -> float:
+        return (self.config.weight or 1.0) if isinstance(self.config, NamedTeacherConfig) else 1.0
+
+
+class Panel:
+    """Scores rollouts with the teachers that they have.
+
+    Args:
+        members: at least one, by name.
+        by: how several share the work (TeachingConfig.by).
+        seed: of teaching.by sample.
+        student_top_k: ids per position that the sampler keeps.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        by: Literal["domain", "mixture", "sample"],
+        seed: int = 0,
+        *,
+        student_top_k: int = 0,
+    ) -> None:
+        self.members = dict(members)
+        self._by = by
+        self._seed = seed
+        self._student_top_k = student_top_k
+        self._log_weights = mixture.log_weights([m.weight for m in members.values()])
+        self._names = list(members)
+        self._of_domain = {
+            domain: name
+            for name, member in members.items()
+            if isinstance(member.config, NamedTeacherConfig)
+            for domain in domains_of(name, member.config)
+        }
+        self._sums: Metrics = {}
+        self._seconds: Metrics = {}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {name: member.info.fingerprint for name, member in self.members.items()}
+
+    @property
+    def needs(self) -> Needs:
+        """The most that the objective is given of any sample."""
+        asked = [member.scorer.options.top_k for member in self.members.values()]
+        mixed = self._by == "mixture" and len(asked) > 1
+        numbers = [k for k in asked if k != "all"]
+        if "all" in asked:
+            return Needs("all", self._student_top_k)
+        return Needs(sum(numbers) if mixed else max(numbers), self._student_top_k)
+
+    def check_mixture(self) -> None:
+        """Raises HandshakeError where a teacher can't answer for what all of them find likely."""
+        if self._by != "mixture" or len(self._names) == 1 or not self._is_sparse:
+            return
+        needs = self.needs
+        assert needs.top_k != "all", "one that is sparse has a number"
+        union = needs.top_k + needs.student_top_k
+        for name, member in self.members.items():
+            if "candidates" not in member.info.features or member.info.max_candidates < union:
+                offers = member.info.max_candidates if "candidates" in member.info.features else 0
+                raise scoring.HandshakeError(
+                    f"teachers.{name}: teaching.by mixture asks each teacher for the ids of all, up to {union} "
+                    f"candidates per row, this one takes {offers}; lower teachers.*.top_k, or set it to all"
+                )
+
+    def teacher_of(self, rollout: Rollout) -> str:
+        """The name of the teacher that scores this sample; of one that all of them score, ONLY.
+
+        Raises:
+            ValueError: its domain has no teacher.
+        """
+        if len(self._names) == 1:
+            return self._names[0]
+        if self._by == "mixture":
+            return ONLY
+        if self._by == "domain":
+            domain = rollout.prompt.domain
+            if domain not in self._of_domain:
+                raise ValueError(f"sample {rollout.uid}: no teacher has the domain {domain!r} (teachers.NAME.domains)")
+            return self._of_domain[domain]
+        return self._names[drawn(np.exp(self._log_weights), self._seed, rollout.uid)]
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """The view of its teacher on every completion token, in the order of `rollouts`. Raises as
+        TeacherScorer.score."""
+        self._sums, self._seconds = {}, {}
+        if len(self._names) == 1:
+            return self.members[self._names[0]].scorer.score(rollouts)
+        if self._by == "mixture":
+            return self._mixed(rollouts)
+        chosen = [self.teacher_of(rollout) for rollout in rollouts]
+        parts = {n: [r for r, c in zip(rollouts, chosen, strict=True) if c == n] for n in self._names}
+        views = self._at_once(lambda member: member.scorer.score(parts[member.name]))
+        self._note(views)
+        in_order = {name: iter(found) for name, found in views.items()}
+        return [next(in_order[name]) for name in chosen]
+
+    def figures(self, sum_metrics: Callable[[Metrics], Metrics]) -> Metrics:
+        """Of the last call, by teacher: tokens it scored on all ranks, seconds on this one, and in a mixture the mean
+        of log q_old(y) − log p(y) and its mass on the support. Nothing where there is one teacher."""
+        if len(self._names) == 1:
+            return {}
+        sums = sum_metrics(self._sums)
+        rows = {key.removeprefix(ROWS_OF): sums.pop(key) for key in list(sums) if key.startswith(ROWS_OF)}
+        means = {key: value / rows.get(key, 1.0) for key, value in sums.items() if rows.get(key, 1.0)}
+        return {**means, **self._seconds}
+
+    def close(self) -> None:
+        for member in self.members.values():
+            member.scorer.close()
+
+    def _mixed(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Everybody scores everything: once where all answer for the same ids, and else a second time, for the union
+        of what each found likely. Only there can the tail of that union be computed."""
+        views = self._at_once(lambda member: member.scorer.score(rollouts))
+        of_samples = list(zip(*views.values(), strict=True))
+        if self._is_sparse:
+            unions = [mixture.union(sample) for sample in of_samples]
+            views = self._at_once(lambda member: member.scorer.ask(rollouts, unions, _values_alone(member)))
+            answers = zip(*views.values(), strict=True)
+            mixed = [
+                mixture.mix_on_union(sample, asked, answer, self._log_weights)
+                for sample, asked, answer in zip(of_samples, unions, answers, strict=True)
+            ]
+        else:
+            mixed = [mixture.mix(sample, self._log_weights) for sample in of_samples]
+        self._note(views)
+        for name, found in views.items():
+            metrics.add(self._sums, _in_the_mixture(name, found))
+        return [ScoredRollout(r, scores) for r, scores in zip(rollouts, mixed, strict=True)]
+
+    @property
+    def _is_sparse(self) -> bool:
+        return all(member.scorer.options.top_k not in (0, "all") for member in self.members.values())
+
+    def _note(self, views: Mapping[str, Sequence[ScoredRollout]]) -> None:
+        self._sums = {
+            f"{name}/tokens": float(sum(v.rollout.num_tokens for v in found)) for name, found in views.items()
+        }
+
+    def _at_once(self, ask: Callable[[Member], T]) -> dict[str, T]:
+        """What `ask` gives for each member, asked in threads of their own. The first failure is raised at once; the
+        others' threads end with their clients, so nothing waits for them."""
+        futures: dict[concurrent.futures.Future[T], str] = {concurrent.futures.Future(): n for n in self._names}
+        for future, name in futures.items():
+            threading.Thread(target=self._answer, args=(future, ask, self.members[name]), daemon=True).start()
+        found = {futures[future]: future.result() for future in concurrent.futures.as_completed(futures)}
+        return {name: found[name] for name in self._names}
+
+    def _answer(self, future: concurrent.futures.Future[T], ask: Callable[[Member], T], member: Member) -> None:
+        started = time.monotonic()
+        try:
+            result = ask(member)
+        except BaseException as error:  # carried to the thread that waits
+            future.set_exception(error)
+            return
+        key = f"{member.name}/seconds"
+        self._seconds[key] = self._seconds.get(key, 0.0) + time.monotonic() - started
+        future.set_result(result)
+
+
+def connect(
+    config: TrainConfig,
+    urls: Mapping[str, str],
+    objective: AnyObjective,
+    *,
+    tokenizer: object,
+    longest_tokens: int,
+    began_with: Mapping[str, str],
+) -> tuple[Panel, list[str]]:
+    """Shakes hands with every teacher.
+
+    Args:
+        urls: by teacher's name.
+        tokenizer: the student's.
+        longest_tokens: longest sequence that can come up.
+        began_with: fingerprints of the teachers that the run began with, by name.
+
+    Returns:
+        The panel, and warnings: things that work, but not exactly.
+
+    Raises:
+        ValueError, TeacherGone, TeacherError: a teacher that can't be reached or used; names it.
+    """
+    needs = {name: objective.needs(one.top_k) for name, one in config.all_teachers.items()}
+    most = max(n.student_top_k for n in needs.values())  # the sampler keeps as many, whoever scores
+    members: dict[str, Member] = {}
+    warnings: list[str] = []
+    run_name = Path(config.train.output_dir).name
+    try:
+        for name, one in config.all_teachers.items():
+            with named(name):
+                options = options_of(config, name, needs[name])
+                url = urls[name]
+                client, info = scoring.connect(one, url, run_name=run_name, tokenizer=tokenizer, name=name)
+                scorer = scoring.TeacherScorer(client, url, one, options, name)
+                members[name] = Member(name, one, scorer, info)
+                scoring.check_tokenizer(tokenizer, info)
+                asked = replace(needs[name], student_top_k=most)
+                found = scoring.check_teacher(info, asked, options, longest_tokens, prefix(name))
+                scoring.check_same_teacher(began_with.get(name, ""), info, one.accept_new_teacher)
+                warnings += [f"{prefix(name)}: {warning}" if name else warning for warning in found]
+        panel = Panel(members, config.teaching.by, config.train.seed, student_top_k=most)
+        panel.check_mixture()
+    except BaseException:
+        for member in members.values():
+            member.scorer.close()
+        raise
+    return panel, warnings
+
+
+def options_of(config: TrainConfig, name: str, needs: Needs) -> ScoreOptions:
+    """What is asked of the teacher `name`. Raises ValueError for an option that the objective leaves idle."""
+    one = config.all_teachers[name]
+    if one.value_type == "float16" and not needs.top_k:
+        raise ValueError(
+            f"{prefix(name)}.value_type: got float16, but {config.loss.objective} asks for no top-k values; expected "
+            "float32"
+        )
+    return ScoreOptions(top_k=needs.top_k, temperature=config.loss.teacher_temperature, value_type=one.value_type)
+
+
+def drawn(shares: npt.ArrayLike, seed: int, uid: int) -> int:
+    """The index that falls to sample `uid`, index m with probability shares[m] / Σ shares: a pure function of its
+    arguments, independent of the sample's tokens."""
+    key = np.array([seed, uid], dtype=np.uint64)
+    uniform = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, CHOICE_STREAM])).random()
+    upto = np.cumsum(np.asarray(shares, dtype=np.float64))
+    return min(int(np.searchsorted(upto, uniform * upto[-1], side="right")), len(upto) - 1)
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Puts the name of the teacher, where there are several, in front of what is wrong with it."""
+    try:
+        yield
+    except scoring.HandshakeError as error:
+        raise scoring.HandshakeError(f"teachers.{name}: {error}") if name else error from error
+
+
+def _values_alone(member: Member) -> ScoreOptions:
+    return replace(member.scorer.options, top_k=0, value_type="float32")
+
+
+def _in_the_mixture(name: str, views: Sequence[ScoredRollout]) -> Metrics:
+    """Sums over one teacher's rows, and how many they are."""
+    rows = float(sum(v.rollout.num_tokens for v in views))
+    mass = -sum(float(np.expm1(v.scores.log_tail.astype(np.float64)).sum()) for v in views)
+    found = {f"{name}/teacher_mass": mass, f"{ROWS_OF}{name}/teacher_mass": rows}
+    sampled = [v.rollout.sampled for v in views]
+    delta = sum(
+        float((v.rollout.full_logprob - v.scores.token_logprob)[s].sum(dtype=np.float64))
+        for v, s in zip(views, sampled, strict=True)
+    )
+    found |= {f"{name}/delta": delta, f"{ROWS_OF}{name}/delta": float(sum(s.sum() for s in sampled))}
+    return found

@@ -1,0 +1,101 @@
+"""`student-train` with two real teachers: what they do to a run, and what happens when one of them goes away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tinymodels import save_tiny
+from training import PROMPTS, TeacherProcess, arguments, assert_same_bits, finish, metrics, trainer, wait_until, weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("several")
+    save_tiny(place / "left", seed=1, scale=2.5)
+    save_tiny(place / "right", seed=5, scale=2.5)
+    save_tiny(place / "student", seed=2)
+    (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return place
+
+
+@pytest.fixture(scope="module")
+def served(place) -> Iterator[dict[str, TeacherProcess]]:
+    teachers = {
+        name: TeacherProcess(place / f"serve_{name}", place / name, "--reference") for name in ("left", "right")
+    }
+    try:
+        for one in teachers.values():
+            one.begin()
+        for one in teachers.values():
+            one.wait()
+        yield teachers
+    finally:
+        for one in teachers.values():
+            one.stop()
+
+
+@pytest.fixture
+def run(place, served, tmp_path) -> Callable[..., tuple[int, Path, str]]:
+    """(exit code, output directory, what it said)."""
+
+    def complete(name: str, *more: str, before: Callable[[Path], None] = lambda _: None) -> tuple[int, Path, str]:
+        argv = arguments(tmp_path / name, place / "student", place / "prompts.txt", "")
+        argv = [a for a in argv if not a.startswith(("--teacher-url", "teacher."))]
+        for one, process in served.items():
+            argv += [f"teachers.{one}.url={process.url}", f"teachers.{one}.top_k=8", f"teachers.{one}.timeout_s=2"]
+        log = tmp_path / f"{name}.log"
+        process = trainer([*argv, *more], log)
+        before(tmp_path / name)
+        return finish(process, log), tmp_path / name, log.read_text()
+
+    return complete
+
+
+def close(a: Path, b: Path) -> float:
+    x, y = (torch.cat([t.reshape(-1) for t in weights(d / "final").values()]).double() for d in (a, b))
+    return float((x - y).norm() / x.norm())
+
+
+def test_a_mixture_is_learnt_from_alike_after_a_stop_and_on_two_processes(run) -> None:
+    mixture = ["teaching.by=mixture", "teachers.left.weight=3", "loss.support=union"]
+    code, whole, said = run("whole", *mixture)
+    assert code == 0, said
+    for line in metrics(whole):
+        for name in ("left", "right"):
+            assert line[f"{name}/tokens"] == line["tokens"]
+            assert 0 < line[f"{name}/teacher_mass"] <= 1
+            assert line[f"{name}/seconds"] > 0
+        assert line["left/delta"] != line["right/delta"]
+    run("parts", *mixture, "--steps=4")
+    assert run("parts", *mixture)[0] == 0
+    assert_same_bits(whole / "final", run("parts", *mixture)[1] / "final")
+    assert run("ranks", *mixture, "--num-processes=2")[0] == 0
+    assert close(whole, whole.with_name("ranks")) < 1e-5
+
+
+def test_one_dead_teacher_of_two_ends_in_a_checkpoint_with_its_name_and_another_is_refused(run, served) -> None:
+    by = ["teaching.by=sample", "--steps=8"]
+    code, whole, said = run("whole", *by)
+    assert code == 0, said
+    lines = metrics(whole)
+    assert all(line["left/tokens"] + line["right/tokens"] == line["tokens"] for line in lines)
+    assert sum(line["left/tokens"] for line in lines) * sum(line["right/tokens"] for line in lines) > 0
+
+    def kill(run_dir: Path) -> None:
+        wait_until(lambda: len(metrics(run_dir)) >= 2, what="two steps")
+        served["right"].kill()
+
+    code, parts, said = run("parts", *by, before=kill)
+    served["right"].start()
+    assert code == 75, said
+    assert f"no teacher right at {served['right'].url} for" in said.splitlines()[-1]
+    code, _, said = run("parts", *by, f"teachers.right.url={served['left'].url}")
+    assert code == 2
+    assert "teachers.right: this run began with teacher" in said.splitlines()[-1]
+    assert run("parts", *by)[0] == 0
+    assert_same_bits(whole / "final", parts / "final")
