@@ -20,6 +20,7 @@ from student_trainer.config import StudentConfig
 from student_trainer.forms import graft, lora
 from student_trainer.forms.freeze import freeze
 from student_trainer.forms.loading import LOAD_ERRORS, StudentError, load_pretrained, locate
+from student_trainer.losses.heads import Head
 from student_trainer.packing import PADDED, Packing, Row
 from student_trainer.types import Rollout
 from teacher_api import causal_lm
@@ -78,10 +79,10 @@ class Student:
             hidden_BTH = self.parts.trunk(torch.from_numpy(tokens_BT).to(self.device))
         return hidden_BTH[index[0].to(self.device), index[1].to(self.device)]  # type: ignore[no-any-return]
 
-    def head(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [N, W] of hidden rows [N, H], W the columns the model defines."""
-        with self.arithmetic():
-            return self.parts.head(hidden_NH)  # type: ignore[no-any-return]
+    @property
+    def head(self) -> Head:
+        """Logits [N, W] of hidden rows [N, H], W the columns the model defines; the loss takes it apart."""
+        return Head(self.parts, self.autocast)
 
     def as_saved(self) -> Any:
         """What a checkpoint holds of the model: all of it, or its adapters. It has save_pretrained."""

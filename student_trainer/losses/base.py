@@ -1,6 +1,11 @@
 """What every objective gets and gives. Pure functions of tensors: no config globals, no collectives, no reductions over
 tokens (normalise.py owns those).
 
+An objective asks for the student's side through student_side.py: `student_rows` (support and tail), `token_logprob`
+(of y), `student_entropy`. Whatever it makes of them, their gradient over the vocabulary is formed by hand, once, in
+place. Whoever computes with `LossInputs.student_logits` itself gets the right gradient as well, through a graph over
+[N, W].
+
 Shape legend: N scored positions of one chunk, S support slots, V vocabulary shared by both models (ids below the
 tokenizer's size), W the student's logit width (W >= V).
 """
@@ -10,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +25,9 @@ from torch import Tensor
 from student_trainer.losses.config import LossConfig
 from student_trainer.types import ScoredRollout
 from teacher_api.types import FloatArray
+
+if TYPE_CHECKING:
+    from student_trainer.losses.student_side import Tape
 
 ConfigT = TypeVar("ConfigT", bound=LossConfig)
 AllReduceSum = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
@@ -67,7 +75,7 @@ class LossRows:
     def num_rows(self) -> int:
         return len(self.target)
 
-    def inputs(self, index: Tensor, student_logits: Tensor) -> LossInputs:
+    def inputs(self, index: Tensor, student_logits: Tensor, tape: Tape | None = None) -> LossInputs:
         """Rows `index` (int64 [n]) beside their logits [n, W], on the logits' device."""
         device = student_logits.device
         return LossInputs(
@@ -79,6 +87,7 @@ class LossRows:
             sampled=_take_one(self.sampled, index, device),
             fixed=_take_one(self.fixed, index, device),
             advantage=_take(self.advantage, index, device),
+            tape=tape,
         )
 
 
@@ -94,6 +103,7 @@ class LossInputs:
     sampled: Tensor  # bool [N]: the student sampled y; False in fixed data and in prompts
     fixed: Tensor  # bool [N]: of a sample of fixed data, which cross-entropy applies to
     advantage: Tensor | None = None  # float32 [N]: policy_gradient's A_t, computed over whole completions
+    tape: Tape | None = None  # student_side.py's own; None: all through autograd
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +154,8 @@ class Objective(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def per_token(self, inputs: LossInputs) -> PerToken:
-        """Value [N] at each position, to be minimised, and metrics."""
+        """Value [N] at each position, to be minimised, and metrics. Each position's value may depend on its own row
+        alone: chunks are cut anywhere. Metrics under no_grad."""
 
 
 AnyObjective = Objective[Any]
@@ -167,12 +178,6 @@ def rollout_gap(inputs: LossInputs, logprob_N: Tensor) -> dict[str, Tensor]:
 def as_float(logits: Tensor) -> Tensor:
     """float32, unless they are float64 already."""
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def log_softmax_f32(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(z / T) over the last axis, in float32 (float64 stays float64)."""
-    z = as_float(logits)
-    return torch.log_softmax(z if temperature == 1.0 else z / temperature, dim=-1)
 
 
 def _take_one(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:

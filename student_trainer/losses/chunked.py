@@ -1,16 +1,24 @@
-"""Loss and gradients over row chunks: the head's logits exist for `chunk_rows` positions at a time, never for all.
+"""Loss and gradients over row chunks, in one pass: the head's logits exist for `chunk_rows` positions at a time, never
+for all; the gradient is written over them, and goes through the head while it is there.
 
 Shape legend: N scored positions of a micro-batch, n those of a chunk, H hidden, W the student's logit width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from student_trainer.losses.base import AnyObjective, LossRows, as_float
+from student_trainer.losses.base import AnyObjective, LossRows
+from student_trainer.losses.heads import Sink, projection
+from student_trainer.losses.student_side import Tape
+
+DENSE_BYTES = 8 * 2**20
+"""Whole-vocabulary teacher rows that an objective gets at a time: it makes a dozen tensors of that size from them."""
 
 
 def backward(
@@ -21,6 +29,8 @@ def backward(
     weights_N: Tensor,
     chunk_rows: int,
     out_logprob_N: Tensor | None = None,
+    *,
+    deferred: bool = False,
 ) -> tuple[float, dict[str, float]]:
     """Adds the gradient of L = Σ_n w_n D_n to every parameter behind `hidden_NH` and `head`.
 
@@ -28,14 +38,24 @@ def backward(
     and sent through the trunk in one pass at the end. Rows of weight 0 are left out altogether, so whatever stands
     there can't reach a gradient. The result depends on `chunk_rows` only by rounding.
 
+    Gradients of the head's own parameters are added to their `.grad` directly, before the trunk's backward: no second
+    matrix of that size exists, and no autograd hook of these parameters fires. With tied weights the trunk's backward
+    then adds the embedding's share. With `deferred` they are collected apart, and come through autograd together with
+    the trunk's in one backward pass, so that whatever hooks them (DistributedDataParallel, ZeRO-2) sees each exactly
+    once; from the second micro-batch on that costs another matrix of the head's size.
+
+    Memory above the inputs: head gradient, hidden gradient, `chunk_rows` rows of float32 logits, and a few megabytes;
+    for a head that isn't plain linear (heads.py) several times the chunk.
+
     Args:
-        head: hidden rows [n, H] -> logits [n, W].
+        head: hidden rows [n, H] -> logits [n, W]; a `heads.Head` or an nn.Linear runs fastest.
         hidden_NH: last hidden states at the scored positions, with their graph.
         objective: gives D_n.
         rows: row n belongs to hidden row n.
         weights_N: already divided by global counts (normalise.token_weights), on any device.
         chunk_rows: at most so many rows of logits at once; >= 1.
         out_logprob_N: float32, takes log q_now(y) (T = 1) of the rows of non-zero weight, where the objective gives it.
+        deferred: see above.
 
     Returns:
         L, and for each metric its plain sum over the rows of non-zero weight: divide by the global token count. Besides
@@ -53,33 +73,83 @@ def backward(
     index_N = weights_N.nonzero().flatten()
     if len(index_N) == 0:
         return 0.0, {}
-    grad_NH = torch.zeros_like(hidden_NH)
+    sink = Sink(deferred)
+    through = projection(head, sink, min(chunk_rows, len(index_N)))
+    grad_NH = torch.zeros_like(hidden_NH, memory_format=torch.contiguous_format)
     sums: dict[str, Tensor] = {}
-    for chunk, index in enumerate(torch.split(index_N, chunk_rows)):
-        hidden = hidden_NH.detach().index_select(0, index).requires_grad_()
-        logits = as_float(head(hidden))
-        if chunk == 0:
-            _check_ids(rows, logits.shape[-1])
-        result = objective.per_token(rows.inputs(index, logits))
-        loss = (result.value * weights_N.index_select(0, index)).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if hidden.grad is not None:
-            grad_NH.index_copy_(0, index, hidden.grad)
-        if out_logprob_N is not None and result.token_logprob is not None:
-            out_logprob_N.index_copy_(0, index.to(out_logprob_N.device), result.token_logprob.to(out_logprob_N))
-        value = result.value.detach()
-        per_row = {**result.metrics, "nonfinite": ~value.isfinite()}
-        for name, metric in per_row.items():
-            _add(sums, name, metric.double().sum())
-        _add(sums, "loss", loss.detach().double())
-    if hidden_NH.requires_grad:
-        hidden_NH.backward(grad_NH)  # type: ignore[no-untyped-call]
+    for index_n in torch.split(index_N, chunk_rows):
+        logits_nW = through.logits(hidden_NH.detach().index_select(0, index_n))
+        if not sums:
+            _check_ids(rows, logits_nW.shape[-1])
+        for part in _parts(rows, len(index_n)):
+            index = index_n[part]
+            token_n = _differentiate(logits_nW[part], objective, rows, index, weights_N, through.slope, sums)
+            if out_logprob_N is not None and token_n is not None:
+                out_logprob_N.index_copy_(0, index.to(out_logprob_N.device), token_n.to(out_logprob_N))
+        grad_NH.index_copy_(0, index_n, through.backward(logits_nW).to(grad_NH.dtype))
+    del through, logits_nW  # their memory is the trunk's now
+    _deliver(hidden_NH, grad_NH, sink)
     on_host = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
     return on_host.pop("loss"), on_host
 
 
-def _add(sums: dict[str, Tensor], name: str, amount: Tensor) -> None:
-    sums[name] = sums[name] + amount if name in sums else amount
+def _differentiate(
+    logits_nW: Tensor,
+    objective: AnyObjective,
+    rows: LossRows,
+    index_n: Tensor,
+    weights_N: Tensor,
+    slope: Callable[[Tensor], Tensor | float],
+    sums: dict[str, Tensor],
+) -> Tensor | None:
+    """Turns the logits of rows `index_n` into their gradient, in place; adds loss and metrics to `sums`. Returns the
+    objective's log q_now(y)."""
+    tape = Tape(logits_nW)
+    result = objective.per_token(rows.inputs(index_n, tape.leaf, tape))
+    loss = (result.value * weights_N.index_select(0, index_n)).sum()
+    tape.backward_(loss, slope)
+    value_n = result.value.detach()
+    for name, metric_n in {**result.metrics, "nonfinite": ~value_n.isfinite(), "loss": loss.detach()}.items():
+        amount = metric_n.double().sum()
+        sums[name] = sums[name] + amount if name in sums else amount
+    return result.token_logprob
+
+
+def _deliver(hidden_NH: Tensor, grad_NH: Tensor, sink: Sink) -> None:
+    """Sends what was collected through autograd: the hidden rows' gradient, and the head's if it was deferred."""
+    if sink.held:
+        parameters = list(sink.held)
+        box = [grad_NH, *(sink.held.pop(p) for p in parameters)]
+        _Delivery.apply(box, hidden_NH, *parameters).backward()  # type: ignore[no-untyped-call]
+    elif hidden_NH.requires_grad:
+        hidden_NH.backward(grad_NH)  # type: ignore[no-untyped-call]
+
+
+class _Delivery(torch.autograd.Function):
+    """A number whose gradient is what `box` holds, for each of the tensors; the box is emptied, so that autograd may
+    keep the tensors themselves as `.grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, box: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.box = box
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = tuple(ctx.box)
+        ctx.box.clear()
+        return (None, *gradients)
+
+
+def _parts(rows: LossRows, num_rows: int) -> Iterator[slice]:
+    """A chunk's rows as the objective gets them: all, or with whole-vocabulary teacher rows few at a time."""
+    step = num_rows
+    if rows.teacher.support_ids is None:
+        values = rows.teacher.support_logprob
+        step = max(1, DENSE_BYTES // (values.shape[1] * values.element_size()))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
 
 
 def _check_ids(rows: LossRows, logit_width: int) -> None:

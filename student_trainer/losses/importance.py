@@ -19,7 +19,7 @@ from torch import Tensor
 
 from student_trainer.losses import chunked
 from student_trainer.losses.base import AnyObjective, LossRows, partly_defined
-from student_trainer.losses.student_side import token_logprob
+from student_trainer.losses.student_side import logprob_of
 
 MOMENTS = ("sum_of_", "squares_of_")
 """Prefixes of the sums that the effective sample size of a weight is made from."""
@@ -69,7 +69,7 @@ def backward(
 def logprobs(head: Callable[[Tensor], Tensor], hidden_NH: Tensor, target_N: Tensor, chunk_rows: int) -> Tensor:
     """log q_now(y) [N], T = 1, a chunk of logits at a time."""
     chunks = zip(torch.split(hidden_NH.detach(), chunk_rows), torch.split(target_N, chunk_rows), strict=True)
-    return torch.cat([token_logprob(head(hidden), target.to(hidden.device)) for hidden, target in chunks])
+    return torch.cat([logprob_of(head(hidden), target.to(hidden.device)) for hidden, target in chunks])
 
 
 def prefix_sums(values_N: Tensor, lengths: tuple[int, ...], *, inclusive: bool) -> Tensor:

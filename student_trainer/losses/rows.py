@@ -96,7 +96,7 @@ def _sparse_rows(
     logprob_NL = torch.cat([logprob for _, logprob, _ in sources], dim=1)
     inside_L = torch.cat([torch.full((ids.shape[1],), inside, device=ids.device) for ids, _, inside in sources])
 
-    first_NL = _first_occurrences(ids_NL)
+    first_NL = first_occurrences(ids_NL)
     keep_NL = first_NL & inside_L
     outside = logprob_NL.masked_fill(~(first_NL & ~inside_L), -torch.inf).logsumexp(1)
     width = int(keep_NL.sum(1).max())
@@ -145,7 +145,7 @@ def _teacher_ids(scored: Sequence[ScoredRollout], device: Any, *, required: bool
     return _tensor(ids, device), _tensor(_cat([s.scores.topk_logprob for s in scored], np.float32), device)
 
 
-def _first_occurrences(ids_NL: Tensor) -> Tensor:
+def first_occurrences(ids_NL: Tensor) -> Tensor:
     """bool [N, L]: True where a row's id is there for the first time."""
     in_order, order = torch.sort(ids_NL, dim=1, stable=True)
     first = torch.ones_like(in_order, dtype=torch.bool)
@@ -156,7 +156,7 @@ def _first_occurrences(ids_NL: Tensor) -> Tensor:
 def _overlap(teacher_ids_NK: Tensor, student_ids_NK: Tensor) -> Tensor:
     """|T ∩ S| / |T| per row, float32 [N]; a mixture's T holds some ids several times."""
     both = torch.cat([teacher_ids_NK, student_ids_NK], dim=1)
-    teacher, student, union = (_first_occurrences(ids).sum(1) for ids in (teacher_ids_NK, student_ids_NK, both))
+    teacher, student, union = (first_occurrences(ids).sum(1) for ids in (teacher_ids_NK, student_ids_NK, both))
     return (teacher + student - union).float() / teacher
 
 

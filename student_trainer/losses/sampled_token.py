@@ -1,7 +1,7 @@
 """What the objectives that look at the actual token alone share: they ask for one logprob a position, and compare T = 1
 distributions.
 
-Shape legend: N positions, W the student's logit width.
+Shape legend: N positions.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from student_trainer.losses.base import LossInputs, Needs, Objective, OwnToken, PerToken, log_softmax_f32, rollout_gap
+from student_trainer.losses.base import LossInputs, Needs, Objective, OwnToken, PerToken, rollout_gap
 from student_trainer.losses.config import SampledTokenConfig
+from student_trainer.losses.student_side import student_entropy, token_logprob
 from teacher_api.types import LOGPROB_FLOOR
 
 ConfigT = TypeVar("ConfigT", bound=SampledTokenConfig)
@@ -29,16 +30,12 @@ class SampledToken(Objective[ConfigT]):
         return Needs(top_k=0, student_top_k=0)
 
     def per_token(self, inputs: LossInputs) -> PerToken:
-        log_q_NW = log_softmax_f32(inputs.student_logits)
-        log_q_N = log_q_NW.gather(1, inputs.target[:, None]).squeeze(1).clamp(min=LOGPROB_FLOOR)
+        log_q_N = token_logprob(inputs).clamp(min=LOGPROB_FLOOR)
         value_N, metrics = self.of_token(inputs, log_q_N)
         value_N = torch.where(inputs.sampled, value_N, 0.0)
         now_N = log_q_N.detach()
         with torch.no_grad():
-            metrics |= {
-                "student_entropy": -(log_q_NW.exp() * log_q_NW.clamp(min=LOGPROB_FLOOR)).sum(1),
-                **rollout_gap(inputs, now_N),
-            }
+            metrics |= {"student_entropy": student_entropy(inputs), **rollout_gap(inputs, now_N)}
         return PerToken(value_N, metrics, now_N)
 
     @abstractmethod

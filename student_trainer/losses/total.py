@@ -49,7 +49,7 @@ class Total(Objective[LossConfig]):
         value_N = own * result.value
         metrics = {**result.metrics, "distillation": result.value.detach()}
         if cross_entropy:
-            surprise_N = -token_logprob(inputs.student_logits, inputs.target)
+            surprise_N = -token_logprob(inputs)
             value_N = value_N + cross_entropy * torch.where(inputs.fixed, surprise_N, 0.0)
             metrics |= partly_defined("cross_entropy", surprise_N.detach(), inputs.fixed)
         return PerToken(value_N, metrics, result.token_logprob)
