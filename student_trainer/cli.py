@@ -127,7 +127,7 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
     config = command.config
     with contextlib.ExitStack() as stack:
         try:
-            dist = distributed.join(config.student.device, config.teacher.timeout_s + COLLECTIVE_MARGIN_S)
+            dist = distributed.join(config.student.device, _outage_s(config) + COLLECTIVE_MARGIN_S)
             stack.callback(dist.close)
             distributed.set_arithmetic(config.train.threads, reference=config.train.reference)
             urls = urls or _shared_urls(config, dist, stack)
@@ -195,6 +195,11 @@ def _shared_urls(config: TrainConfig, dist: Distributed, stack: contextlib.ExitS
             urls = stack.enter_context(launch.teachers(config.all_teachers))
     gathered: list[dict[str, str]] = dist.gather(urls)
     return gathered[0]
+
+
+def _outage_s(config: TrainConfig) -> float:
+    """The longest outage of a teacher that is sat out."""
+    return max(one.timeout_s for one in config.all_teachers.values())
 
 
 def _exit_code(error: Exception) -> int:

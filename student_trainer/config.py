@@ -18,7 +18,14 @@ from student_trainer.forms.config import LoraConfig, check_freeze, check_layers
 from student_trainer.losses.config import LossField, SampledTokenConfig, parse_loss
 from student_trainer.optim import OptimConfig
 from student_trainer.rollout.config import RolloutConfig
-from student_trainer.teachers.config import ONLY, NamedTeacherConfig, TeacherConfig, TeachingConfig, check_teachers
+from student_trainer.teachers.config import (
+    ONLY,
+    NamedTeacherConfig,
+    TeacherConfig,
+    TeachingConfig,
+    check_teachers,
+    check_views,
+)
 from student_trainer.tracking import TrackingConfig
 from teacher_api.settings import Section
 
@@ -156,6 +163,8 @@ class TrainConfig(Section):
             raise ValueError("student.model is not set: name a directory or a hub id (--student MODEL)")
         if not self.data.source and not self.data.domains:
             raise ValueError("data.source is not set: name a file of prompts (--prompts FILE), or a data.preset")
+        is_packed = any(source.format == "packed_text" for source in self.data.sources)
+        check_views(self.all_teachers, on_prompt=self.loss.on_prompt, packed_text=is_packed)
         check_teachers(self.teacher, self.teachers, self.teaching, [domain.name for domain in self.data.domains])
         if self.optim.warmup_steps > self.train.steps and not self.train.epochs:
             raise ValueError(
@@ -249,6 +258,7 @@ class TrainConfig(Section):
 _OF_A_TEACHER = (
     "url", "tokenizer", "model", "name", "serve_args", "visible_devices", "api_key", "timeout_s", "attempt_timeout_s",
     "start_timeout_s", "max_concurrency", "request_sequences", "accept_new_teacher", "compression",
+    "prompt_template_file",
 )  # fmt: skip
 FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "student": ("device", "gradient_checkpointing"),

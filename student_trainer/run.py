@@ -26,6 +26,7 @@ from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.choose import choose
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student
+from student_trainer.teachers import privileged
 from student_trainer.teachers.config import prefix
 from student_trainer.teachers.panel import Panel, connect
 from student_trainer.tracking import METRICS_FILE, Tracker, check_installed, read_metrics
@@ -266,7 +267,8 @@ def prepare(config: TrainConfig, dist: Distributed, urls: Mapping[str, str], sto
         config.student, dist.device, seed=config.train.seed, checkpoint=_going_on_from(config, start)
     )
     student = packing_check.applied(student, config)
-    prompts = open_prompts(config.data, student.tokenizer, eos_token_ids=student.eos_token_ids)
+    views = privileged.views(config.all_teachers, by_domain=config.teaching.by == "domain")
+    prompts = open_prompts(config.data, student.tokenizer, eos_token_ids=student.eos_token_ids, views=views)
     if config.train.epochs:
         config = steps_of_epochs(config, prompts.num_prompts or 0)
     start = start or resume.find_start(config)
@@ -278,6 +280,7 @@ def prepare(config: TrainConfig, dist: Distributed, urls: Mapping[str, str], sto
         objective,
         tokenizer=student.tokenizer,
         longest_tokens=longest,
+        longest_privileged=prompts.longest.teacher_prompt + _longest_completion(config, prompts),
         began_with=resume.fingerprints(start),
     )
     try:
@@ -411,6 +414,12 @@ def _longest_tokens(config: TrainConfig, student: Student, prompts: Prompts) -> 
     new_tokens = config.rollout.max_new_tokens
     sampled = _refuse_too_long(longest.prompt, new_tokens, student, "rollout.max_new_tokens", "data.max_prompt_tokens")
     return max(sampled, longest.sequence)
+
+
+def _longest_completion(config: TrainConfig, prompts: Prompts) -> int:
+    """In tokens, sampled or given."""
+    sampled = config.rollout.max_new_tokens if config.data.on_policy_fraction else 0
+    return max(sampled, prompts.longest.fixed)
 
 
 def _refuse_too_long(prompt_tokens: int, new_tokens: int, student: Student, new_key: str, prompt_key: str) -> int:

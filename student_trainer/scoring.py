@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from student_trainer.losses.base import Needs
+from student_trainer.teachers import privileged
 from student_trainer.teachers.config import TeacherConfig
 from student_trainer.types import Rollout, ScoredRollout
 from teacher_api.client import TeacherClient
@@ -226,7 +227,9 @@ class TeacherScorer:
         if missing:
             raise ScoreError(f"{self._who} left out {len(missing)} of {len(rollouts)} samples, such as {missing[0]}")
         try:
-            return [ScoredRollout(r, _checked(r, answers[str(r.uid)], options), self.name) for r in rollouts]
+            aligned = [privileged.aligned(r, answers[str(r.uid)], self.name) for r in rollouts]
+            pairs = zip(rollouts, aligned, strict=True)
+            return [ScoredRollout(r, _checked(r, scores, options), self.name) for r, scores in pairs]
         except ValueError as error:  # positions that are not the sample's
             raise ScoreError(str(error)) from error
 
@@ -241,9 +244,9 @@ class TeacherScorer:
             places: dict[int, int] = {}
             for rollout in group:
                 places.setdefault(rollout.prompt.index, len(places))
-            prompts = {r.prompt.index: r.prompt.token_ids for r in group}
+            prompts = {r.prompt.index: privileged.prompt_of(r.prompt, self.name) for r in group}
             yield ScoreRequest(
-                prompts=[np.asarray(prompts[index], dtype=np.int32) for index in places],
+                prompts=[prompts[index] for index in places],
                 completions=[
                     Completion(
                         id=str(r.uid),

@@ -5,6 +5,7 @@ Shape legend: P prompt tokens, N completion tokens (EOS included), K ids kept pe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ class Prompt:
     answer: str | None = None  # reference answer where the data has one; for evaluation and fixed data
     extra: dict[str, Any] = field(default_factory=dict)
     fixed: tuple[Fixed, ...] = ()  # completions of fixed data; none where all training is on the student's own
+    teacher_ids: Mapping[str, IntArray] = field(default_factory=dict)  # what teachers see instead, by their names
     domain: str = ""  # name of the source in data.domains that it comes from; empty where there is one source
 
 

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from student_trainer.data.config import DataConfig, SourceConfig
+from student_trainer.data.errors import DataError
 from student_trainer.data.prompts import Longest, Prompts, load_prompts
 from student_trainer.data.reader import Dropped, Source
 from student_trainer.data.stream import StreamSource
+from student_trainer.data.views import View
 from student_trainer.types import Prompt
 
 DRAW_STREAM = 2**64 - 2  # second word of the Philox key: see prompts.ORDER_STREAM
@@ -41,6 +43,7 @@ class Mixture(Prompts):
             prompt=max(part.longest.prompt for part in parts),
             fixed=max(part.longest.fixed for part in parts),
             sequence=max(part.longest.sequence for part in parts),
+            teacher_prompt=max(part.longest.teacher_prompt for part in parts),
         )
 
     def take(self, start: int, count: int, seed: int) -> list[Prompt]:
@@ -97,36 +100,56 @@ class Mixture(Prompts):
         return np.bincount(drawn, minlength=len(self._parts)).astype(np.int64)
 
 
-def open_prompts(config: DataConfig, tokenizer: Any, *, eos_token_ids: Sequence[int]) -> Prompts:
+def open_prompts(
+    config: DataConfig, tokenizer: Any, *, eos_token_ids: Sequence[int], views: Sequence[View] = ()
+) -> Prompts:
     """The training data that `config` describes: in memory, streamed, or a mixture of several sources.
 
     Args:
         eos_token_ids: every id that ends a completion of the student.
+        views: of teachers that see prompts otherwise.
 
     Raises:
         DataError: see load_prompts.
     """
     ends = eos_token_ids if config.needs_fixed else None
-    parts = [_open_one(config, source, i, tokenizer, ends) for i, source in enumerate(config.sources)]
+    parts = [_open_one(config, source, i, tokenizer, ends, views) for i, source in enumerate(config.sources)]
     if not config.domains:
         return parts[0]
     return Mixture(parts, [domain.weight for domain in config.domains])
 
 
 def _open_one(
-    config: DataConfig, source: SourceConfig, number: int, tokenizer: Any, ends: Sequence[int] | None
+    config: DataConfig,
+    source: SourceConfig,
+    number: int,
+    tokenizer: Any,
+    ends: Sequence[int] | None,
+    views: Sequence[View],
 ) -> Prompts:
-    of = len(config.sources)
+    common: dict[str, Any] = {"eos_token_ids": ends, "number": number, "of": len(config.sources), "views": views}
     if not source.streaming:
-        return load_prompts(source, tokenizer, shuffle=config.shuffle, eos_token_ids=ends, number=number, of=of)
-    opened = Source(source, tokenizer, eos_token_ids=ends, number=number, of=of)
-    return StreamSource(opened, buffer=config.shuffle_buffer, shuffle=config.shuffle, longest=_longest_allowed(source))
+        return load_prompts(source, tokenizer, shuffle=config.shuffle, **common)
+    longest = _longest_allowed(source, views)
+    opened = Source(source, tokenizer, **common)
+    return StreamSource(opened, buffer=config.shuffle_buffer, shuffle=config.shuffle, longest=longest)
 
 
-def _longest_allowed(source: SourceConfig) -> Longest:
+def _longest_allowed(source: SourceConfig, views: Sequence[View]) -> Longest:
     """Of a stream, by its limits."""
+    unbounded = [view.key for view in views if view.max_prompt_tokens is None]
+    if unbounded:
+        raise DataError(
+            f"{unbounded[0]}.max_prompt_tokens: not set with data.streaming; expected a limit, as nobody can look for "
+            "the longest"
+        )
     if source.format == "packed_text":
         return Longest(prompt=1, fixed=source.seq_length, sequence=source.seq_length + 1)
     assert source.max_prompt_tokens is not None, "the configuration refuses a stream without a limit"
     fixed = source.max_answer_tokens or 0
-    return Longest(prompt=source.max_prompt_tokens, fixed=fixed, sequence=source.max_prompt_tokens + fixed)
+    return Longest(
+        prompt=source.max_prompt_tokens,
+        fixed=fixed,
+        sequence=source.max_prompt_tokens + fixed,
+        teacher_prompt=max((view.max_prompt_tokens or 0 for view in views), default=0),
+    )

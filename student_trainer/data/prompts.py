@@ -16,6 +16,7 @@ import numpy.typing as npt
 from student_trainer.data.config import PromptConfig
 from student_trainer.data.errors import DataError
 from student_trainer.data.reader import Dropped, Source
+from student_trainer.data.views import View
 from student_trainer.types import Prompt
 
 ORDER_STREAM = 2**64 - 1  # second word of the Philox key; no sample has this uid, so the sampler draws other numbers
@@ -28,6 +29,7 @@ class Longest:
     prompt: int
     fixed: int = 0  # completion of fixed data
     sequence: int = 0  # prompt and its fixed completion
+    teacher_prompt: int = 0  # prompt as a teacher sees it, where that is another
 
 
 class Prompts(ABC):
@@ -128,12 +130,14 @@ def load_prompts(
     eos_token_ids: Sequence[int] | None = None,
     number: int = 0,
     of: int = 1,
+    views: Sequence[View] = (),
 ) -> PromptSource:
     """Reads, renders and tokenises one source, whole; `limit` lowers `config.limit`.
 
     Args:
         eos_token_ids: ends of the student's completions; fixed completions are read where given.
         number, of: which one it is of how many.
+        views: of teachers that see prompts otherwise.
 
     Raises:
         DataError: see sources.read and Renderer; the source is empty; or a prompt or fixed completion is over its limit
@@ -141,7 +145,7 @@ def load_prompts(
     """
     limits = [n for n in (limit, config.limit) if n is not None]
     config = config.model_copy(update={"limit": min(limits, default=None)})
-    reader = Source(config, tokenizer, eos_token_ids=eos_token_ids, number=number, of=of).read()
+    reader = Source(config, tokenizer, eos_token_ids=eos_token_ids, number=number, of=of, views=views).read()
     prompts = list(reader)
     if not prompts:
         raise DataError(nothing_left(config, reader.dropped))
@@ -160,21 +164,23 @@ def nothing_left(config: PromptConfig, dropped: Dropped) -> str:
     return f"data.source {config.source}: all {dropped.total} prompts exceed {limits}"
 
 
-def longest_of(prompts: Iterable[Prompt]) -> Longest:
+def longest_of(prompts: Sequence[Prompt]) -> Longest:
     """Greatest lengths among `prompts`."""
     lengths = [(len(p.token_ids), max((len(f.token_ids) for f in p.fixed), default=0)) for p in prompts]
     return Longest(
         prompt=max(prompt for prompt, _ in lengths),
         fixed=max(fixed for _, fixed in lengths),
         sequence=max(prompt + fixed for prompt, fixed in lengths),
+        teacher_prompt=max((len(ids) for p in prompts for ids in p.teacher_ids.values()), default=0),
     )
 
 
 def digest_of(prompts: Iterable[Prompt]) -> str:
-    """Of the token ids of prompts and fixed completions, in their order."""
+    """Of the token ids of prompts, fixed completions and what teachers see instead, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
-        for ids in (prompt.token_ids, *(fixed.token_ids for fixed in prompt.fixed)):
+        seen = (prompt.teacher_ids[name] for name in sorted(prompt.teacher_ids))
+        for ids in (prompt.token_ids, *(fixed.token_ids for fixed in prompt.fixed), *seen):
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ is, so that a stream can go on from there; leaves out what is too long, and coun
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from student_trainer.data import fixed, sources
 from student_trainer.data.config import DomainConfig, PromptConfig, SourceConfig
 from student_trainer.data.errors import DataError
 from student_trainer.data.render import Renderer, field_of, string_of
+from student_trainer.data.views import View
 from student_trainer.types import Fixed, Prompt
 from teacher_api.types import IntArray
 
@@ -50,6 +52,7 @@ class Source:
     Args:
         eos_token_ids: ends of the student's completions; fixed completions are read where given.
         number, of: which one it is of how many: prompts of several sources have indices of their own.
+        views: of teachers that see prompts otherwise.
 
     Raises:
         DataError: the source can't be read, is empty, or does not have what the configuration asks for.
@@ -63,11 +66,13 @@ class Source:
         eos_token_ids: Sequence[int] | None = None,
         number: int = 0,
         of: int = 1,
+        views: Sequence[View] = (),
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.number, self.of = number, of
         self.domain = config.name if isinstance(config, DomainConfig) else ""
+        self.views = [view for view in views if view.domains is None or self.domain in view.domains]
         self.opened = sources.open_source(config)
         records = self.opened(0)
         first = next(records, None)
@@ -120,6 +125,10 @@ class Reader:
             if _is_over(len(prompt.token_ids), config.max_prompt_tokens, "prompt", where, config):
                 self.dropped += Dropped(prompts=1)
                 continue
+            prompt = self._with_views(prompt, where, record)
+            if any(self._exceeds(view, prompt, where) for view in source.views):
+                self.dropped += Dropped(prompts=1)
+                continue
             if source.completions is not None:
                 prompt = source.completions.added_to(prompt, where, record)
                 longest = max(len(each.token_ids) for each in prompt.fixed)
@@ -127,6 +136,18 @@ class Reader:
                     self.dropped += Dropped(answers=1)
                     continue
             yield prompt
+
+    def _with_views(self, prompt: Prompt, where: str, record: sources.Record) -> Prompt:
+        source = self._source
+        assert source.renderer is not None, "packed text is not rendered"
+        if not source.views:
+            return prompt
+        seen = {view.teacher: source.renderer.seen_by(view, prompt, where, record) for view in source.views}
+        return dataclasses.replace(prompt, teacher_ids=seen)
+
+    def _exceeds(self, view: View, prompt: Prompt, where: str) -> bool:
+        tokens, config = len(prompt.teacher_ids[view.teacher]), self._source.config
+        return _is_over(tokens, view.max_prompt_tokens, "prompt", where, config, view.key)
 
     def _pieces(self) -> Iterator[Prompt]:
         """seq_length + 1 tokens at a time of all documents, each followed by the end token: the first token is the
@@ -150,13 +171,13 @@ class Reader:
                 yield Prompt(index, piece[:1], fixed=given, domain=source.domain)
 
 
-def _is_over(tokens: int, most: int | None, what: str, where: str, config: PromptConfig) -> bool:
+def _is_over(tokens: int, most: int | None, what: str, where: str, config: PromptConfig, section: str = "data") -> bool:
     """Whether something is too long and to be left out; an error where it is not to be."""
     if most is None or tokens <= most:
         return False
     if config.overlong == "error":
         raise DataError(
-            f"{where}: the {what} has {tokens} tokens, data.max_{what}_tokens is {most}; raise it, or leave such "
+            f"{where}: the {what} has {tokens} tokens, {section}.max_{what}_tokens is {most}; raise it, or leave such "
             f"prompts out with data.overlong=drop"
         )
     return True

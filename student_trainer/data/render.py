@@ -12,6 +12,7 @@ import numpy as np
 
 from student_trainer.data.config import PLACE, PromptConfig
 from student_trainer.data.errors import DataError
+from student_trainer.data.views import View
 from student_trainer.types import Prompt
 from teacher_api.types import IntArray
 
@@ -67,10 +68,18 @@ class Renderer:
         return Prompt(index, token_ids, text, self._answer(record, where), domain=domain)
 
     def _from_conversation(self, index: int, where: str, body: Any, record: Mapping[str, Any], domain: str) -> Prompt:
+        opening, answer = self._opening(body, where, record)
+        text, token_ids = self._from_messages(opening)
+        return Prompt(index, token_ids, text, answer, domain=domain)
+
+    def _opening(self, body: Any, where: str, record: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
+        """Messages of the prompt, and with data.messages_key the turn of the assistant that follows."""
         place = f"{where}: field {self.question_key!r}"
         if not isinstance(body, list):
             raise DataError(f"{place} is {type(body).__name__}; expected a list of messages")
         messages = _messages(body, place)
+        if self.config.messages_key is None:
+            return list(messages), ""
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         if last == 0:
             raise DataError(f"{place}: no turn of the assistant after another; expected a question and its answer")
@@ -78,15 +87,43 @@ class Renderer:
         system = self._system(record, where)
         if system and opening[0]["role"] != "system":
             opening = [{"role": "system", "content": system}, *opening]
-        text, token_ids = self._from_messages(opening)
-        return Prompt(index, token_ids, text, messages[last]["content"], domain=domain)
+        return opening, messages[last]["content"]
+
+    def seen_by(self, view: View, prompt: Prompt, where: str, record: Mapping[str, Any]) -> IntArray:
+        """Token ids of `prompt` as a teacher sees it, by the same rules as the student's.
+
+        In a list of messages `{question}` is the last turn of the user, which the template takes the place of.
+
+        Raises:
+            DataError: what the view shows is not there, or renders to nothing.
+        """
+        hint = None if view.hint_key is None else _text_of(field_of(record, view.hint_key, where), view.hint_key, where)
+        body = record[self.question_key]
+        messages = self._opening(body, where, record)[0] if isinstance(body, list) else []
+        turn = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        if messages and turn < 0:
+            raise DataError(f"{where}: field {self.question_key!r} has no turn of the user to put {view.key} around")
+        values = {"question": messages[turn]["content"] if messages else body, "answer": prompt.answer, "hint": hint}
+        system = None if view.system_prompt is None else view.filled(view.system_prompt, values, where)
+        as_it_stands = PLACE if messages or self.config.prompt_key else self.prompt_template
+        user = view.filled(view.template or as_it_stands, values, where)
+        if messages:
+            messages[turn] = {"role": "user", "content": user}
+            _, token_ids = self._from_messages(_under(system, messages))
+        else:
+            _, token_ids = self._from_user(user, self._system(record, where) if system is None else system)
+        if not len(token_ids):
+            raise DataError(f"{where}: the prompt that {view.key} makes for the teacher has no tokens")
+        return token_ids
 
     def _from_question(self, question: str, system: str | None) -> tuple[str, IntArray]:
         if self.config.prompt_key is not None:
             return question, self._encode(question, special_tokens=True)
         # Not str.format: braces are common in prompts (code, LaTeX) and must not be read as fields.
-        user = self.prompt_template.replace(PLACE, question)
-        if not self.is_chat:
+        return self._from_user(self.prompt_template.replace(PLACE, question), system)
+
+    def _from_user(self, user: str, system: str | None) -> tuple[str, IntArray]:
+        if not self.is_chat or self.config.prompt_key is not None:
             text = f"{system}\n\n{user}" if system else user
             return text, self._encode(text, special_tokens=True)
         opening = [{"role": "system", "content": system}] if system else []
@@ -137,19 +174,39 @@ class Renderer:
         return string_of(value, self.answer_key, where)
 
 
+def _under(system: str | None, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages with `system` in place of their own system prompt, or before them."""
+    if system is None:
+        return messages
+    rest = messages[1:] if messages[0]["role"] == "system" else messages
+    return [{"role": "system", "content": system}, *rest]
+
+
+def _text_of(value: Any, key: str, where: str) -> str | None:
+    """A field that may be a number, or nothing."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return None if value is None else string_of(value, key, where)
+
+
 def _template_of(config: PromptConfig) -> str:
     """The prompt template, from its file where there is one."""
     if not config.prompt_template_file:
         return config.prompt_template
-    path = Path(config.prompt_template_file).expanduser()
+    return read_template(config.prompt_template_file, "data.prompt_template_file")
+
+
+def read_template(file: str, key: str) -> str:
+    """The text of a template's file, which `key` names."""
+    path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
     except OSError as error:
-        raise DataError(f"data.prompt_template_file {path}: {error.strerror or error}") from None
+        raise DataError(f"{key} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"data.prompt_template_file {path}: not UTF-8 text: {error.reason}") from None
+        raise DataError(f"{key} {path}: not UTF-8 text: {error.reason}") from None
     if PLACE not in text:
-        raise DataError(f"data.prompt_template_file {path}: has no {PLACE}: the question would be lost")
+        raise DataError(f"{key} {path}: has no {PLACE}: the question would be lost")
     return text
 
 

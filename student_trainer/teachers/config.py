@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from student_trainer.data.views import QUESTION
 from teacher_api import compression
 from teacher_api.settings import Section
 
@@ -34,6 +35,19 @@ class TeacherConfig(Section):
     name: str = Field("", max_length=128)
     """One of the teachers that the server offers beside its base, such as a LoRA adapter; empty: the base. With
     `model` an adapter of the child's, as given in serve_args by --lora.NAME=DIR."""
+    prompt_template: str = ""
+    """Another prompt for the teacher than the student's: text around `{question}`, the record's own, in place of
+    data.prompt_template, in which `{answer}` is the reference answer and `{hint}` the field of `hint_key`. It goes
+    through the same chat template; only the completion is compared. Other braces stay as they are."""
+    prompt_template_file: str = ""
+    """A text file that holds that template instead."""
+    system_prompt: str | None = None
+    """Another system prompt for the teacher, with the same places."""
+    hint_key: str | None = None
+    """Field of the data's records that `{hint}` stands for."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Longest prompt as the teacher sees it, where that is another; beyond it data.overlong decides. Unset: no limit
+    but the teacher's own."""
     top_k: int | Literal["all"] = 64
     """Most likely ids per position that the teacher sends; all: its whole distribution (small vocabularies)."""
     value_type: Literal["float32", "float16"] = "float32"
@@ -74,6 +88,25 @@ class TeacherConfig(Section):
         if isinstance(value, int) and value < 0:
             raise ValueError(f"got {value}, expected 0 or more, or all")
         return value
+
+    @property
+    def is_privileged(self) -> bool:
+        """Whether it sees another prompt than the student."""
+        return bool(self.prompt_template or self.prompt_template_file or self.system_prompt is not None)
+
+    @model_validator(mode="after")
+    def _one_view(self) -> TeacherConfig:
+        if self.prompt_template and self.prompt_template_file:
+            raise ValueError("prompt_template_file: got one beside prompt_template, expected one of the two")
+        if self.prompt_template and QUESTION not in self.prompt_template:
+            raise ValueError(f"prompt_template {self.prompt_template!r} has no {QUESTION}: the question would be lost")
+        for name in ("hint_key", "max_prompt_tokens"):
+            if getattr(self, name) is not None and not self.is_privileged:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} without prompt_template or system_prompt, expected none: the "
+                    "teacher sees the student's prompt"
+                )
+        return self
 
     @model_validator(mode="after")
     def _compression_that_both_can(self) -> TeacherConfig:
@@ -129,6 +162,15 @@ class TeachingConfig(Section):
     by: Literal["domain", "mixture", "sample"] = "domain"
     """domain: a prompt's domain has one teacher. mixture: the target at every position is the weighted mean of all
     teachers' distributions. sample: each sample has one teacher, drawn by weight from the seed and its number."""
+
+
+def check_views(teachers: Mapping[str, TeacherConfig], *, on_prompt: bool, packed_text: bool) -> None:
+    """Raises ValueError where a teacher is to see another prompt and there is none, or it is to be compared."""
+    for name, one in teachers.items():
+        if one.is_privileged and (on_prompt or packed_text):
+            key = "prompt_template" if one.prompt_template or one.prompt_template_file else "system_prompt"
+            why = "loss.on_prompt: only completions can be compared" if on_prompt else "data.format packed_text"
+            raise ValueError(f"{prefix(name)}.{key}: got one with {why}, expected none")
 
 
 def prefix(name: str) -> str:

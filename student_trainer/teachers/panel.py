@@ -211,6 +211,7 @@ def connect(
     *,
     tokenizer: object,
     longest_tokens: int,
+    longest_privileged: int,
     began_with: Mapping[str, str],
 ) -> tuple[Panel, list[str]]:
     """Shakes hands with every teacher.
@@ -219,6 +220,7 @@ def connect(
         urls: by teacher's name.
         tokenizer: the student's.
         longest_tokens: longest sequence that can come up.
+        longest_privileged: the same for teachers that see another prompt.
         began_with: fingerprints of the teachers that the run began with, by name.
 
     Returns:
@@ -242,7 +244,8 @@ def connect(
                 members[name] = Member(name, one, scorer, info)
                 scoring.check_tokenizer(tokenizer, info)
                 asked = replace(needs[name], student_top_k=most)
-                found = scoring.check_teacher(info, asked, options, longest_tokens, prefix(name))
+                longest = longest_privileged if one.is_privileged else longest_tokens
+                found = scoring.check_teacher(info, asked, options, longest, prefix(name))
                 scoring.check_same_teacher(began_with.get(name, ""), info, one.accept_new_teacher)
                 warnings += [f"{prefix(name)}: {warning}" if name else warning for warning in found]
         panel = Panel(members, config.teaching.by, config.train.seed, student_top_k=most)

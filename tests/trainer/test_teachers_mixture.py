@@ -78,6 +78,7 @@ def connected(urls: dict[str, str], loss: dict[str, Any], **settings: Any) -> pa
         build(config.loss),
         tokenizer=tiny_tokenizer(VOCABULARY),
         longest_tokens=16,
+        longest_privileged=16,
         began_with={},
     )
     assert not warnings
