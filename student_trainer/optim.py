@@ -153,13 +153,16 @@ class Optimizer:
         if not math.isfinite(norm):
             return norm
         if self._config.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._config.grad_clip, torch.tensor(norm))
+            self._clip(norm)
         factor = schedule_factor(self._config, step, self._total_steps)
         for optimizer, peak in self._parts.values():
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
             self._update(optimizer)
         return norm
+
+    def _clip(self, norm: float) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._config.grad_clip, torch.tensor(norm))
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

@@ -67,7 +67,7 @@ def try_once(run: Run) -> str:
             sampler = make_sampler(run.config, run.student, {"max_new_tokens": DRY_RUN_NEW_TOKENS})
             rollouts = sampler.sample([prompt], [0], keep_top_k=kept)
         else:
-            rollouts = with_likely_ids(run.student, [fixed.rollout(prompt, 0, uid=0)], kept, 1)
+            rollouts = with_likely_ids(run.strategy.plain, [fixed.rollout(prompt, 0, uid=0)], kept, 1)
     scored = run.scorer.score(rollouts)[0]
     if scored.rollout.source == "fixed":
         mean = float(scored.scores.token_logprob.mean())

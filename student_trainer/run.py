@@ -262,7 +262,7 @@ def prepare(config: TrainConfig, dist: Distributed, urls: Mapping[str, str], sto
     start = None if config.train.epochs else resume.find_start(config)
     check_installed(config.tracking)
     objective = build(config.loss)
-    strategy = choose(config.train, dist)
+    strategy = choose(config, dist)
     student = students.load(
         config.student, dist.device, seed=config.train.seed, checkpoint=_going_on_from(config, start)
     )
@@ -395,11 +395,8 @@ def _warnings(config: TrainConfig, prompts: Prompts, needs: Needs) -> list[str]:
             n for n in ("greedy", "top_p", "top_k") if getattr(rollout, n) != type(rollout).model_fields[n].default
         ]
         found.append(f"rollout.{', rollout.'.join(names)}: some tokens are never sampled, the estimate is biased")
-    if rollout.temperature != 1.0 and config.loss.behaviour == "none":
-        found.append(
-            f"rollout.temperature is {rollout.temperature}: samples come from another policy than is trained "
-            "(loss.behaviour=weight corrects for it)"
-        )
+    if rollout.temperature != 1.0:
+        found.append(f"rollout.temperature is {rollout.temperature}: samples come from another policy than is trained")
     return found
 
 

@@ -56,7 +56,7 @@ def sample(run: Run) -> list[Rollout]:
     rollouts = sorted([*drawn, *given], key=lambda rollout: rollout.uid)
     if run.config.loss.on_prompt:
         rollouts = [with_prompt(r) for r in rollouts]
-    return with_likely_ids(run.student, rollouts, run.needs.student_top_k, run.config.train.micro_batch_tokens)
+    return with_likely_ids(run.strategy.plain, rollouts, run.needs.student_top_k, run.config.train.micro_batch_tokens)
 
 
 def learn(run: Run, scored: list[ScoredRollout]) -> Metrics:

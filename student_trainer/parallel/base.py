@@ -22,6 +22,8 @@ class Replicated:
 
     name = "ddp"
     optimizer: Optimizer
+    plain: Student
+    """The student as it was loaded: for forward passes inside `whole`, which no other rank takes part in."""
 
     def __init__(self, dist: Distributed) -> None:
         self.dist = dist
@@ -35,6 +37,7 @@ class Replicated:
         Raises:
             ValueError: this strategy can't train this student, or not with this optimizer.
         """
+        self.plain = student
         self._trained: Any = student.model
         self.optimizer = self._optimizer(config, total_steps)
         return student

@@ -5,7 +5,6 @@ a step calls; the head is used while the root's weights are whole, and its gradi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,12 +18,12 @@ from torch.nn import Module, ModuleList, Parameter
 
 from student_trainer.distributed import Distributed, waiting
 from student_trainer.optim import OptimConfig, Optimizer, Snapshot, StateSource
-from student_trainer.parallel.base import BatchT, Replicated
+from student_trainer.parallel.sharded import Sharded, refuse_untrainable
 from student_trainer.parallel.shell import Shell, structure_copy
 from student_trainer.student import Student
 
 
-class Fsdp2(Replicated):
+class Fsdp2(Sharded):
     """`fsdp2`.
 
     Args:
@@ -36,14 +35,15 @@ class Fsdp2(Replicated):
     def __init__(self, dist: Distributed, *, cpu_offload: bool = False) -> None:
         super().__init__(dist)
         self._cpu_offload = cpu_offload
-        self._is_whole = False
 
     def spread(self, student: Student, config: OptimConfig, total_steps: int) -> Student:
+        self.plain = student
         self._shell = Shell(student.model)
         self._trained, copy_of = structure_copy(student.model)
         body, project = copy_of(student.parts.body), copy_of(student.parts.project)
         layers = layers_of(body)
-        _refuse_unfit(self._trained, body, layers)
+        _refuse_unfit(self._trained, layers)
+        refuse_untrainable(self.name, self._trained, body)
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(student.device.type, (self.dist.world,)),
             "offload_policy": self._offload(student.device),
@@ -71,40 +71,9 @@ class Fsdp2(Replicated):
     def _optimizer(self, config: OptimConfig, total_steps: int) -> Optimizer:
         return _Sharded(self.dist, self.named_parameters(), config, total_steps)
 
-    def together(self, batches: Sequence[BatchT]) -> Iterator[BatchT]:
-        rounds = int(self.dist.all_reduce_max(len(batches)))
-        yield from batches
-        for _ in range(rounds - len(batches)):
-            self._idle_pass()
-
-    def _idle_pass(self) -> None:
-        """Forward and backward of one token whose gradient is zero, for the collectives in it."""
-        token = torch.full((1, 1), self._student.pad_token_id, device=self._student.device)
-        with self._student.arithmetic():
-            hidden = self._student.parts.trunk(token)
-        hidden.backward(torch.zeros_like(hidden))
-
-    def sum_gradients(self) -> None:
-        """The backward passes have summed them."""
-
-    @contextlib.contextmanager
-    def whole(self, *, main_only: bool = False, on_host: bool = False) -> Iterator[None]:
-        if self._is_whole:
-            yield
-            return
-        self._shell.fill(self._gathered(on_host=on_host, keep=self.dist.is_main or not main_only))
-        self._is_whole = True
-        try:
-            yield
-        finally:
-            self._is_whole = False
-            self._shell.empty()
-
-    def _gathered(self, *, on_host: bool, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.named_parameters():
-            tensor = full_tensor(parameter)
-            if keep:
-                yield name, tensor.cpu() if on_host else tensor.to(self._student.device)
+            yield name, full_tensor(parameter)
 
     def parts(self) -> dict[str, int]:
         world = self.dist.world
@@ -171,7 +140,7 @@ def layers_of(body: Module) -> list[Module]:
     return [layer for child in body.children() if isinstance(child, ModuleList) for layer in child]
 
 
-def _refuse_unfit(model: Module, body: Module, layers: Sequence[Module]) -> None:
+def _refuse_unfit(model: Module, layers: Sequence[Module]) -> None:
     name = type(model).__name__
     cure = "use train.strategy ddp or ddp_sharded"
     if not layers:
@@ -187,5 +156,3 @@ def _refuse_unfit(model: Module, body: Module, layers: Sequence[Module]) -> None
             raise ValueError(
                 f"train.strategy: fsdp2 can't shard {name}: a layer's parameter is used outside it; {cure}"
             )
-    if not any(parameter.requires_grad for parameter in body.parameters()):
-        raise ValueError(f"train.strategy: fsdp2 got {name} with nothing to train below its head; {cure}")
