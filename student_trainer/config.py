@@ -246,7 +246,8 @@ class TrainConfig(Section):
             how = "greedy takes" if rollout.greedy else "temperature 1 without top_p and top_k samples"
             what = "one token, whose ratio says nothing" if rollout.greedy else "from q_old itself"
             raise ValueError(f"loss.behaviour: got weight, expected none: rollout's {how} {what}")
-        fresh = self.train.updates == 1 and rollout.engine == "torch" and not self.student.dropout
+        dropout = self.student.dropout or self.student.lora.dropout
+        fresh = self.train.updates == 1 and rollout.engine == "torch" and not dropout
         for key in ("staleness", "ratio_bounds"):
             value = getattr(loss, key)
             if fresh and value not in (None, "none"):
