@@ -395,8 +395,11 @@ def _warnings(config: TrainConfig, prompts: Prompts, needs: Needs) -> list[str]:
             n for n in ("greedy", "top_p", "top_k") if getattr(rollout, n) != type(rollout).model_fields[n].default
         ]
         found.append(f"rollout.{', rollout.'.join(names)}: some tokens are never sampled, the estimate is biased")
-    if rollout.temperature != 1.0:
-        found.append(f"rollout.temperature is {rollout.temperature}: samples come from another policy than is trained")
+    if rollout.temperature != 1.0 and config.loss.behaviour == "none":
+        found.append(
+            f"rollout.temperature is {rollout.temperature}: samples come from another policy than is trained "
+            "(loss.behaviour=weight corrects for it)"
+        )
     return found
 
 
