@@ -16,7 +16,7 @@ from student_trainer.data.config import DataConfig
 from student_trainer.evaluate import EvalConfig
 from student_trainer.forms.config import LoraConfig, check_freeze, check_layers
 from student_trainer.losses.config import LossField, SampledTokenConfig, parse_loss
-from student_trainer.optim import OptimConfig
+from student_trainer.optim import OptimConfig, check_length
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.teachers.config import (
     ONLY,
@@ -166,10 +166,8 @@ class TrainConfig(Section):
         is_packed = any(source.format == "packed_text" for source in self.data.sources)
         check_views(self.all_teachers, on_prompt=self.loss.on_prompt, packed_text=is_packed)
         check_teachers(self.teacher, self.teachers, self.teaching, [domain.name for domain in self.data.domains])
-        if self.optim.warmup_steps > self.train.steps and not self.train.epochs:
-            raise ValueError(
-                f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps {self.train.steps}"
-            )
+        if not self.train.epochs:
+            check_length(self.optim, self.train.steps)
         return self
 
     @model_validator(mode="after")
@@ -287,8 +285,7 @@ def steps_of_epochs(config: TrainConfig, num_prompts: int) -> TrainConfig:
     steps = max(1, math.ceil(config.train.epochs * num_prompts / config.train.batch_size - ROUNDING))
     if "steps" in config.train.model_fields_set:
         steps = min(steps, config.train.steps)
-    if config.optim.warmup_steps > steps:
-        raise ValueError(f"optim.warmup_steps is {config.optim.warmup_steps}, more than the {steps} of train.epochs")
+    check_length(config.optim, steps)
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 

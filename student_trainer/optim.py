@@ -16,19 +16,24 @@ from torch.nn import Parameter
 
 from teacher_api.settings import Section
 
-MUON_EXCLUDED = ("embed", "lm_head", "wte", "wpe", "output")
-"""Matrices whose rows or columns are vocabulary entries: Muon is meant for hidden layers, AdamW takes these."""
+VOCABULARY_MODULES = frozenset({"lm_head", "wte", "wpe", "output"})
+"""Modules, besides those with embed in their name, whose matrices have a row for each token or position."""
+NO_DECAY = frozenset({"norms", "biases"})
 
 
 class OptimConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: torch.optim.Muon on the hidden layers' matrices, AdamW on everything else."""
+    """muon: torch.optim.Muon on the hidden layers' matrices, AdamW on everything else (embeddings and output head
+    among it)."""
     learning_rate: float = Field(1e-5, gt=0, le=10)
     """Peak rate of AdamW."""
     muon_learning_rate: float = Field(5e-3, gt=0, le=10)
     """Peak rate of Muon."""
     weight_decay: float = Field(0.0, ge=0, le=10)
-    """Decoupled decay, on matrices only (norm weights and biases are left alone)."""
+    """Decoupled decay: each step takes rate · weight_decay of a weight away from it."""
+    no_decay: tuple[Literal["norms", "biases", "embeddings"], ...] = ("norms", "biases")
+    """What is left alone by it. norms: their scales, and every other vector that is no bias, such as a state-space
+    layer's rates; embeddings: matrices with a row for each token or position, the output head among them."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
@@ -53,11 +58,34 @@ class OptimConfig(Section):
             raise ValueError(f"decay_steps belongs to schedule wsd, got schedule {self.schedule}")
         if self.schedule == "constant" and self.min_lr_ratio:
             raise ValueError("min_lr_ratio belongs to schedules linear, cosine and wsd, got schedule constant")
+        if set(self.no_decay) != NO_DECAY and not self.weight_decay:
+            raise ValueError(
+                f"no_decay: got {list(self.no_decay)} with weight_decay 0, expected none: there is nothing to leave out"
+            )
         return self
 
 
+def check_length(config: OptimConfig, steps: int) -> None:
+    """Raises ValueError where the schedule's parts are longer than the run."""
+    warmup, decay = config.warmup_steps, config.decay_steps
+    if warmup > steps:
+        raise ValueError(f"optim.warmup_steps is {warmup}, more than train.steps {steps}")
+    if warmup + decay > steps:
+        raise ValueError(
+            f"optim.decay_steps is {decay}, with {warmup} of optim.warmup_steps more than train.steps {steps}; "
+            "expected the decay after the warm-up"
+        )
+
+
 def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Share of the peak rate at `step` (0-based) of a run of `total_steps`."""
+    """Share of the peak rate at `step` s (0-based) of a run of N `total_steps`, with w warm-up and d decay steps and
+    r = min_lr_ratio:
+
+        s < w: (s + 1) / w;   then, at progress x of the way down: 1 − (1 − r) x, or r + (1 − r) (1 + cos πx) / 2
+
+    for linear and cosine with x = (s − w) / (N − w), for wsd (linear) with x = max(0, s − (N − d)) / d. The floor is
+    what step N would have: the last step is one short of it.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -111,13 +139,15 @@ class Optimizer:
 
     def _build(self) -> dict[str, tuple[torch.optim.Optimizer, float]]:
         config = self._config
-        muon = {n: p for n, p in self._parameters.items() if config.name == "muon" and _is_hidden_matrix(n, p)}
+        left = set(config.no_decay)
+        is_muon = config.name == "muon"
+        muon = {n: p for n, p in self._parameters.items() if is_muon and p.ndim == 2 and kind(n, p) == "weights"}
         rest = {n: p for n, p in self._parameters.items() if n not in muon}
         parts: dict[str, tuple[torch.optim.Optimizer, float]] = {}
         if rest:
             groups = [
-                {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-                {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
+                {"params": [p for n, p in rest.items() if kind(n, p) not in left], "weight_decay": config.weight_decay},
+                {"params": [p for n, p in rest.items() if kind(n, p) in left], "weight_decay": 0.0},
             ]
             filled = [g for g in groups if g["params"]]
             adamw = self._make(torch.optim.AdamW, filled, lr=config.learning_rate, betas=config.betas, eps=config.eps)
@@ -203,5 +233,11 @@ class Optimizer:
         optimizer.state[parameter][slot] = on_device.clone()
 
 
-def _is_hidden_matrix(name: str, parameter: Parameter) -> bool:
-    return parameter.ndim == 2 and not any(word in name for word in MUON_EXCLUDED)
+def kind(name: str, parameter: Tensor) -> str:
+    """norms, biases or embeddings, as no_decay means them; weights: all others."""
+    *modules, attribute = name.split(".")
+    if parameter.ndim < 2:
+        return "biases" if attribute == "bias" or attribute.endswith("_bias") else "norms"
+    if any("embed" in module or module in VOCABULARY_MODULES for module in modules):
+        return "embeddings"
+    return "weights"

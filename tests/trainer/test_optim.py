@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onestep import CPU, bare_run, gradients, relative, scored_samples
 from pydantic import ValidationError
+from tinymodels import save_tiny, tiny_model
 from torch import nn
 
-from student_trainer.optim import OptimConfig, Optimizer, schedule_factor
+from student_trainer.config import StudentConfig
+from student_trainer.optim import OptimConfig, Optimizer, check_length, schedule_factor
+from student_trainer.student import load
+from student_trainer.train import accumulate
 
 
 def small_model(seed: int = 0) -> nn.Module:
@@ -44,6 +53,49 @@ def test_linear_hits_the_middle_halfway() -> None:
     assert schedule_factor(OptimConfig(schedule="linear"), 50, 100) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+@settings(deadline=None)
+@given(st.integers(0, 20), st.integers(1, 20), st.integers(0, 60), st.floats(0, 1))
+def test_every_schedule_is_that_of_transformers_after_its_warm_up(
+    schedule: str, warmup: int, decay: int, more: int, floor: float
+) -> None:
+    """Ours begins at peak / w where theirs begins at 0: a first step without effect is no warm-up."""
+    floor = 0.0 if schedule == "constant" else floor
+    steps = warmup + decay + more
+    config = OptimConfig(
+        schedule=schedule, warmup_steps=warmup, decay_steps=decay if schedule == "wsd" else 0, min_lr_ratio=floor
+    )
+    factors = [schedule_factor(config, step, steps) for step in range(steps)]
+    assert factors[:warmup] == [(step + 1) / warmup for step in range(warmup)]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = {
+        "constant": lambda: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
+        "linear": lambda: transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps),
+        "cosine": lambda: transformers.get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, warmup, steps, min_lr_rate=floor
+        ),
+        "wsd": lambda: transformers.get_wsd_schedule(
+            optimizer, warmup, decay, num_training_steps=steps, min_lr_ratio=floor, decay_type="linear"
+        ),
+    }[schedule]().lr_lambdas[0]
+    expected = [theirs(step) for step in range(warmup, steps)]
+    if schedule == "linear":  # theirs knows no floor
+        expected = [floor + (1 - floor) * factor for factor in expected]
+    np.testing.assert_allclose(factors[warmup:], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"warmup_steps": 11}, "warmup_steps is 11, more than train.steps 10"),
+        ({"schedule": "wsd", "warmup_steps": 4, "decay_steps": 7}, "decay_steps is 7, with 4 of optim.warmup_steps"),
+    ],
+)
+def test_a_schedule_longer_than_the_run_is_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_length(OptimConfig.model_validate(settings), 10)
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
@@ -52,6 +104,8 @@ def test_linear_hits_the_middle_halfway() -> None:
         ({"min_lr_ratio": 0.1}, "min_lr_ratio"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"lr": 1}, "lr"),
+        ({"no_decay": ("norms",)}, r"no_decay: got \['norms'\] with weight_decay 0"),
+        ({"no_decay": ("heads",), "weight_decay": 0.1}, "no_decay"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], word: str) -> None:
@@ -89,6 +143,56 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
     slots = set(optimizer.state()[0])
     assert "muon/hidden.weight/momentum_buffer" in slots
     assert {"adamw/embed.weight/exp_avg", "adamw/hidden.bias/exp_avg", "adamw/norm.weight/exp_avg_sq"} <= slots
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "qwen2", "gpt2", "mixtral", "mamba2", "bamba"])
+@pytest.mark.parametrize("left", [(), ("norms",), ("biases",), ("embeddings",), ("norms", "biases", "embeddings")])
+def test_weights_that_no_decay_names_are_left_alone(arch: str, left: tuple[str, ...]) -> None:
+    """By what modules they belong to, not by name. Without a gradient's pull, decay is all that moves a weight."""
+    model = tiny_model(arch)
+    kinds: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
+                kinds[attribute] = "embeddings"
+            elif attribute.endswith("bias"):
+                kinds[attribute] = "biases"
+            else:
+                kinds[attribute] = "norms" if parameter.ndim == 1 else "weights"
+    config = OptimConfig(weight_decay=0.5, learning_rate=0.1, no_decay=left)
+    optimizer = Optimizer(model.named_parameters(), config, 10)
+    before = {}
+    for name, parameter in model.named_parameters():
+        parameter.data.add_(1.0)
+        before[name] = parameter.detach().clone()
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0)
+    for name, parameter in model.named_parameters():
+        share = 1.0 if kinds[name] in left else 1.0 - 0.1 * 0.5
+        torch.testing.assert_close(parameter.detach(), share * before[name], msg=f"{name}: {kinds[name]}")
+
+
+@pytest.mark.slow
+def test_small_updates_are_not_lost_where_the_arithmetic_is_bfloat16(tmp_path) -> None:
+    """Weights in bfloat16 would round them away: its next number after 1 is 1.0078."""
+    base = save_tiny(tmp_path, scale=2.0)
+    grads, updates = [], []
+    for dtype in ("float32", "bfloat16"):
+        run = bare_run(
+            base, student=load(StudentConfig(model=str(base), dtype=dtype), CPU), optim={"learning_rate": 1e-6}
+        )
+        before = [p.detach().clone() for p in run.student.model.parameters()]
+        _, sums, _ = accumulate(run, scored_samples())
+        assert sums["loss"] > 0
+        grads.append(gradients(run))
+        run.optimizer.step(0)
+        after = [p.detach() for p in run.student.model.parameters()]
+        updates.append(torch.cat([(p - b).reshape(-1) for p, b in zip(after, before, strict=True)]))
+        assert {t.dtype for t in run.optimizer.state()[0].values()} == {torch.float32}
+    assert 0.0 < relative(grads[1], grads[0]) < 0.05
+    moved = updates[1][grads[1] != 0].abs()
+    assert float((moved > 0).double().mean()) > 0.99
+    assert float(moved.mean()) == pytest.approx(1e-6, rel=0.2)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
