@@ -62,7 +62,7 @@ def of_rollouts(scored: Sequence[ScoredRollout], sum_metrics: Callable[[Metrics]
 
 
 def means(sums: Metrics) -> Metrics:
-    """Metrics of the objective from their sums over the global batch (importance.backward's).
+    """Metrics of the objective from their sums over the global batch (importance.backward's, and `scored_tokens`).
 
     A mean is over all tokens that had a part in the loss, or over those that have the metric (`rows_of_NAME`), and left
     out where none has. Of weights w the effective sample size (Σw)² / Σw², as a share of their number. Of the tokens

@@ -96,7 +96,7 @@ def accumulate(run: Run, scored: list[ScoredRollout]) -> tuple[float, Metrics, s
     weights = normalise.token_weights(masks, global_counts, config.loss.normalise)
     advantages = run.objective.prepare(scored, run.dist.all_reduce_sum)
     train, samples = config.train, [s.rollout for s in scored]
-    sums: Metrics = {}
+    sums: Metrics = {"scored_tokens": float(sum(len(mask) for mask in masks))}
     trouble = ""
     divided = divide_by_teacher(scored, train.micro_batch_tokens, train.micro_batch_size, run.student.packing)
     learning = [batch for batch in divided if any(weights[i].any() for i in batch)]

@@ -40,8 +40,8 @@ def backward(
     before, without gradient.
 
     Returns:
-        As chunked.backward, with these sums besides: `scored_tokens`, `trained_tokens` (of non-zero weight), and what
-        metrics.means makes `staleness_ess`, `staleness_clipped`, `behaviour_ess`, `behaviour_clipped` and
+        As chunked.backward, with these sums besides: `trained_tokens`, of non-zero weight, and what metrics.means
+        makes `staleness_ess`, `staleness_clipped`, `behaviour_ess`, `behaviour_clipped` and
         `ratio_masked` of.
     """
     config = objective.config
@@ -61,8 +61,7 @@ def backward(
     )
     if not reads_now:
         sums |= _staleness(objective, rows, counted_N, now_N)[1]
-    sums |= {"scored_tokens": float(rows.num_rows), "trained_tokens": float((weights_N != 0).sum())}
-    return loss, {**learned, **sums}
+    return loss, {**learned, **sums, "trained_tokens": float((weights_N != 0).sum())}
 
 
 @torch.no_grad()

@@ -236,7 +236,7 @@ def test_effective_sample_size_and_cut_weights_are_logged_with_and_without_weigh
     assert figures["behaviour_ess"] == pytest.approx(weights.sum() ** 2 / (len(weights) * (weights**2).sum()), rel=1e-5)
     assert figures["behaviour_clipped"] == pytest.approx((other > 2.0).mean())
     assert "ratio_masked" not in figures
-    assert figures["skipped_tokens"] == 0
+    assert sums["trained_tokens"] == len(hidden)
 
 
 def test_fresh_untempered_samples_have_a_full_effective_sample_size():
@@ -252,7 +252,8 @@ def test_metrics_are_means_over_the_tokens_that_count():
     inside = np.concatenate([(np.exp(r) >= 0.7) & (np.exp(r) <= 1.4) for r in stale])
     counted = torch.ones(len(hidden), dtype=torch.bool)
     counted[2] = False
-    figures = means(run(build("k2", ratio_bounds=[0.7, 1.4]), scored, hidden, counted)[2])
+    sums = run(build("k2", ratio_bounds=[0.7, 1.4]), scored, hidden, counted)[2]
+    figures = means({**sums, "scored_tokens": float(len(hidden))})
     trained = inside & counted.numpy()
     log_q = log_softmax(hidden.numpy())[np.arange(len(hidden)), np.concatenate([s.rollout.token_ids for s in scored])]
     delta = log_q - np.concatenate([s.scores.token_logprob for s in scored])

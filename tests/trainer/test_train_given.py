@@ -170,6 +170,17 @@ def test_later_updates_of_a_step_see_stale_samples_and_weigh_them(checkpoint, ro
     assert figures[-1]["rollout_gap"] > figures[0]["rollout_gap"]
 
 
+def test_skipped_tokens_are_all_that_had_no_part_in_the_loss(checkpoint):
+    """Those of micro-batches in which nothing counts, which are not even run, too."""
+    samples = scored_samples()
+    ignored = sorted({int(t) for t in samples[1].rollout.token_ids} | {int(samples[2].rollout.token_ids[0])})
+    run = bare_run(checkpoint, loss={"ignore_token_ids": ignored}, train={"micro_batch_size": 1})
+    skipped = sum(int(np.isin(s.rollout.token_ids, ignored).sum()) for s in samples)
+    assert samples[1].rollout.num_tokens == 1
+    assert skipped >= 2
+    assert learn(run, samples)["skipped_tokens"] == skipped
+
+
 def test_a_micro_batch_whose_tokens_are_all_out_of_bounds_still_runs_its_backward(checkpoint):
     """Where passes are collective a rank that left one out would hang the others."""
     sample = scored_samples()[2]
