@@ -13,9 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from tinymodels import EOS, tiny_tokenizer
 
+from student_trainer.cli import SHORTCUTS
+from student_trainer.config import TrainConfig
 from student_trainer.data import DataConfig, DataError, open_prompts, sources
 from student_trainer.data.config import PromptConfig
 from student_trainer.data.presets import PRESETS
+from teacher_api import settings
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -107,9 +110,9 @@ def test_a_preset_names_its_dataset_on_the_hub(
         return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    settings: dict[str, Any] = {"preset": name, "streaming": streaming}
-    settings |= {"seq_length": 3} if name == "fineweb-edu" else {"max_prompt_tokens": 99} if streaming else {}
-    prompts = open_prompts(DataConfig.model_validate(settings), chat_tokenizer(), eos_token_ids=(1,))
+    chosen: dict[str, Any] = {"preset": name, "streaming": streaming}
+    chosen |= {"seq_length": 3} if name == "fineweb-edu" else {"max_prompt_tokens": 99} if streaming else {}
+    prompts = open_prompts(DataConfig.model_validate(chosen), chat_tokenizer(), eos_token_ids=(1,))
     assert len(prompts.take(0, 20, 0)) == 20
     assert calls == [(*asked, streaming)], "asked for once, however many epochs are read"
 
@@ -213,6 +216,18 @@ def test_a_stream_from_the_hub_is_skipped_and_its_failures_are_one_line(monkeypa
     assert [next(records), next(records)] == [("org/name[3]", {"question": "q3"}), ("org/name[4]", {"question": "q4"})]
     with pytest.raises(DataError, match=r"org/name \(subset None, split train\), record 5: OSError: connection lost$"):
         next(records)
+
+
+@pytest.mark.parametrize("name", ["gsm8k-on-policy", "deepmath-policy-gradient", "math-cl-mixed"])
+def test_the_recipe_of_a_preset_is_a_configuration(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    words = ["--teacher-url=grpc://host:1", "--student=model"]
+    options: Any = {"prog": "p", "description": "", "env_prefix": "STUDENT_", "environ": {}, "shortcuts": SHORTCUTS}
+    config, _ = settings.load(TrainConfig, [f"--config={path}", *words], **options)
+    assert config.data.preset == name.split("-on-")[0].split("-policy")[0].split("-mixed")[0]
+    (tmp_path / "again.yaml").write_text(settings.dump_yaml(config))
+    again, _ = settings.load(TrainConfig, [f"--config={tmp_path / 'again.yaml'}"], **options)
+    assert again == config
 
 
 # -- files
