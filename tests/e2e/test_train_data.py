@@ -151,13 +151,16 @@ def test_ranks_train_on_the_same_mix(argv, tmp_path) -> None:
 
 
 def forward_kl(place: Path, pairs: list[tuple[list[int], list[int]]]) -> float:
-    """Mean of KL(teacher‖student) over all completion tokens in float64, by the definition."""
+    """Mean of KL(teacher‖student) over all completion tokens in float64, by the definition: one outcome per id of the
+    tokenizer, and one for the columns past it."""
+    size = len(AutoTokenizer.from_pretrained(place / "teacher"))
     p_model, q_model = (AutoModelForCausalLM.from_pretrained(place / n).double().eval() for n in ("teacher", "student"))
     values = []
     for prompt, completion in pairs:
         ids = torch.tensor([[*prompt, *completion]])
         with torch.no_grad():
-            log_p, log_q = (m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (p_model, q_model))
+            whole = [m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (p_model, q_model)]
+        log_p, log_q = (torch.cat([w[:, :size], w[:, size:].logsumexp(-1, keepdim=True)], -1) for w in whole)
         values.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return float(torch.cat(values).mean())
 
