@@ -102,7 +102,7 @@ def save(
         tensors, description = optimizer.state()
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / OPTIMIZER)
         _write_json(partial / STATE, {**state, "step": step, "optimizer": description})
-        _write_json(partial / MANIFEST, {"format": FORMAT_VERSION, "step": step, "files": _describe(partial)})
+        _write_json(partial / MANIFEST, {"format": FORMAT_VERSION, "step": step, "files": describe(partial)})
         _flush(partial)
         if final.exists():  # the same step again, after a resume from an earlier one
             final.rename(root / f".old-step-{step:08d}")
@@ -181,6 +181,11 @@ def ranked(run_dir: Path, metric: str, mode: Literal["max", "min"]) -> list[tupl
         if value is not None:
             found.append((float(value), path))
     return sorted(found, key=lambda pair: pair[0], reverse=mode == "max")
+
+
+def steps(run_dir: Path) -> list[int]:
+    """At which steps there are checkpoints, newest first."""
+    return [int(path.name[5:]) for path in _steps(run_dir / "checkpoints")]
 
 
 def find_latest(run_dir: Path) -> Path | None:
@@ -283,7 +288,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _describe(directory: Path) -> dict[str, dict[str, Any]]:
+def describe(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and digest of every file in it, by its path."""
     return {
         str(p.relative_to(directory)): {"bytes": p.stat().st_size, "blake2b": _digest(p)}
         for p in sorted(directory.rglob("*"))

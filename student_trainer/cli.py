@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from student_trainer.config import TrainConfig
@@ -19,6 +20,7 @@ from teacher_api.errors import TeacherError
 
 if TYPE_CHECKING:
     from student_trainer.distributed import Distributed
+    from student_trainer.teachers.past import PastTeachers
 
 PROGRAM = "student-train"
 DESCRIPTION = """Trains a student on its own samples, scored by a teacher that runs elsewhere.
@@ -118,10 +120,11 @@ def _start(command: Command) -> int:
 
 def _rank(command: Command, urls: Mapping[str, str]) -> int:
     """This process' part of the run, with the teachers at `urls`; none: they are to be found or started."""
-    from student_trainer import distributed, guards, plan, scoring
+    from student_trainer import distributed, guards, launch, plan, scoring
     from student_trainer.checkpoint import CheckpointError
     from student_trainer.rollout.base import RolloutError
     from student_trainer.run import prepare, require_alike
+    from student_trainer.teachers.past import PastTeachers
     from student_trainer.train import train
 
     config = command.config
@@ -131,9 +134,14 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
             stack.callback(dist.close)
             distributed.set_arithmetic(config.train.threads, reference=config.train.reference)
             urls = urls or _shared_urls(config, dist, stack)
+            past = PastTeachers(
+                config.all_teachers, Path(config.train.output_dir), launch.local_teacher, is_main=dist.is_main
+            )
+            stack.callback(past.close)
+            urls = {**urls, **_past_urls(config, dist, past)}
             stop = stack.enter_context(guards.StopSignals().installed())
             with guards.told_once(dist, _exit_code):
-                prepared = prepare(config, dist, urls, stop)
+                prepared = prepare(config, dist, urls, stop, past)
                 stack.callback(prepared.close)
             with guards.told_once(dist, _exit_code):
                 require_alike(prepared)
@@ -193,6 +201,26 @@ def _shared_urls(config: TrainConfig, dist: Distributed, stack: contextlib.ExitS
     with guards.told_once(dist, _exit_code):
         if dist.is_main:
             urls = stack.enter_context(launch.teachers(config.all_teachers))
+    gathered: list[dict[str, str]] = dist.gather(urls)
+    return gathered[0]
+
+
+def _past_urls(config: TrainConfig, dist: Distributed, past: PastTeachers) -> dict[str, str]:
+    """URLs of the teachers that are the student's own past, which the main rank serves."""
+    import torch
+
+    from student_trainer import checkpoint, guards, resume, student
+
+    def write_initial(path: Path) -> None:
+        fresh = student.load(config.student, torch.device("cpu"), seed=config.train.seed)
+        checkpoint.export(path, model=fresh.exports()[""], tokenizer=fresh.tokenizer)
+
+    if not past.teachers:
+        return {}
+    urls: dict[str, str] = {}
+    with guards.told_once(dist, _exit_code):
+        start = resume.look(config)
+        urls = past.begin(start.state, start.checkpoint, write_initial)
     gathered: list[dict[str, str]] = dist.gather(urls)
     return gathered[0]
 

@@ -25,7 +25,9 @@ from student_trainer.teachers.config import (
     TeachingConfig,
     check_teachers,
     check_views,
+    prefix,
 )
+from student_trainer.teachers.past import check_past
 from student_trainer.tracking import TrackingConfig
 from teacher_api.settings import Section
 
@@ -163,6 +165,7 @@ class TrainConfig(Section):
             raise ValueError("student.model is not set: name a directory or a hub id (--student MODEL)")
         if not self.data.source and not self.data.domains:
             raise ValueError("data.source is not set: name a file of prompts (--prompts FILE), or a data.preset")
+        check_past(self.all_teachers, self.optim.ema_decay)
         is_packed = any(source.format == "packed_text" for source in self.data.sources)
         check_views(self.all_teachers, on_prompt=self.loss.on_prompt, packed_text=is_packed)
         check_teachers(self.teacher, self.teachers, self.teaching, [domain.name for domain in self.data.domains])
@@ -301,6 +304,9 @@ def experiment(config: TrainConfig) -> dict[str, Any]:
         for key, value in values.items():
             if "*" not in free and key not in free:
                 flat[f"{section}.{key}"] = value
+    for name, one in config.all_teachers.items():
+        if one.is_past:
+            flat[f"{prefix(name)}.model"] = one.model
     if config.optim.schedule != "constant":  # the rate at every step depends on where it ends
         flat["optim.schedule"] = f"{config.optim.schedule} over train.steps={config.train.steps}"
     return flat

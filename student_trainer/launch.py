@@ -34,9 +34,14 @@ TEACHER_LOAD_S = 1800.0
 
 @contextlib.contextmanager
 def teachers(configs: Mapping[str, TeacherConfig]) -> Iterator[dict[str, str]]:
-    """URLs of the teachers, by name; those with a `model` are served from children for as long as this is open."""
+    """URLs of the teachers, by name; those with a `model` are served from children for as long as this is open. The
+    student's own past is not among them: there is no student yet."""
     with contextlib.ExitStack() as stack:
-        yield {n: stack.enter_context(local_teacher(c)) if c.model else c.url[0] for n, c in configs.items()}
+        yield {
+            name: stack.enter_context(local_teacher(one, one.model)) if one.model else one.url[0]
+            for name, one in configs.items()
+            if not one.is_past
+        }
 
 
 def urls_of_launcher() -> dict[str, str]:
@@ -46,8 +51,8 @@ def urls_of_launcher() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def local_teacher(config: TeacherConfig) -> Iterator[str]:
-    """Serves `teacher.model` from a child process on free loopback ports; yields its gRPC URL.
+def local_teacher(config: TeacherConfig, model: str) -> Iterator[str]:
+    """Serves `model` from a child process on free loopback ports, as `config` says; yields its gRPC URL.
 
     Raises:
         HandshakeError: it ended before it was ready; its own line of cause is on standard error.
@@ -61,7 +66,7 @@ def local_teacher(config: TeacherConfig) -> Iterator[str]:
         environment["CUDA_VISIBLE_DEVICES"] = config.visible_devices
     with tempfile.TemporaryDirectory(prefix="teacher-") as folder:
         announced = Path(folder) / "ready.json"
-        command = [sys.executable, "-m", "teacher_server", "--model", config.model, "--http-port", "0"]
+        command = [sys.executable, "-m", "teacher_server", "--model", model, "--http-port", "0"]
         command += ["--grpc-port", "0", "--announce-file", str(announced)]
         command += ["--lame-duck-s", "0", *config.serve_args]  # nobody else has to be told that it goes away
         key = config.api_key.get_secret_value()
@@ -71,7 +76,7 @@ def local_teacher(config: TeacherConfig) -> Iterator[str]:
             command, env=environment, stdout=sys.stderr, start_new_session=True, preexec_fn=_die_with_parent()
         )
         try:
-            yield _wait_ready(child, announced, config.model)
+            yield _wait_ready(child, announced, model)
         finally:
             _stop([child], TEACHER_STOP_S)
 

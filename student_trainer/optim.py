@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import Parameter
 
+from student_trainer import average
 from teacher_api.settings import Section
 
 VOCABULARY_MODULES = frozenset({"lm_head", "wte", "wpe", "output"})
@@ -47,6 +48,9 @@ class OptimConfig(Section):
     """Where linear, cosine and wsd end, as a share of the peak."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0: no clipping."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Keep an exponential moving average of the weights, e ← decay·e + (1−decay)·w after every update; it is saved in
+    checkpoints, and at the end as a model of its own in `ema/`. 0: none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:
@@ -156,6 +160,9 @@ class Optimizer:
             matrices = list(muon.values())
             rate, decay = config.muon_learning_rate, config.weight_decay
             parts["muon"] = (self._make(torch.optim.Muon, matrices, lr=rate, weight_decay=decay), rate)
+        if config.ema_decay:  # last: it averages what the others have updated
+            kept = self._make(average.Average, list(self._parameters.values()), decay=config.ema_decay)
+            parts[average.PART] = (kept, 0.0)
         return parts
 
     def _make(self, kind: Any, groups: list[Any], **settings: Any) -> torch.optim.Optimizer:
@@ -221,6 +228,8 @@ class Optimizer:
             raise ValueError(f"checkpoint's optimizer covers other parameters, for example {different[:3]}")
         for key, value in tensors.items():
             part, name, slot = key.split("/")
+            if part == average.PART and part not in self._parts:
+                continue  # begun from a run that kept an average
             if part not in self._parts or name not in self._parameters:
                 raise ValueError(f"checkpoint's optimizer state {key!r} belongs to no parameter of this run")
             self._restore(self._parts[part][0], self._parameters[name], slot, value)

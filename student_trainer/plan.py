@@ -37,10 +37,11 @@ def memory(run: Run, tokens: int) -> dict[str, int]:
     held = min(run.chunk_rows, tokens)
     teacher = width if run.needs.top_k == "all" else 2 * (run.needs.top_k + run.needs.student_top_k + 1)
     parts = run.strategy.parts()
+    averaged = int(config.optim.ema_decay > 0)
     return {
         "weights": weights // parts["weights"],
         "gradients": 4 * trained // parts["gradients"],
-        "optimizer": 4 * trained * OPTIMIZER_VALUES[config.optim.name] // parts["optimizer"],
+        "optimizer": 4 * trained * (OPTIMIZER_VALUES[config.optim.name] + averaged) // parts["optimizer"],
         "activations": activation_bytes(student, tokens, gradient_checkpointing=config.student.gradient_checkpointing),
         "logits": LOSS_COPIES * 4 * held * width,
         "teacher_scores": 4 * tokens * teacher,

@@ -18,7 +18,7 @@ from student_trainer.data import DataError, Prompts
 from student_trainer.teachers.config import ONLY
 from teacher_api.settings import dump_yaml
 
-RUN_FILE, CONFIG_FILE, FINAL, LOCK_FILE = "run.json", "config.yaml", "final", ".lock"
+RUN_FILE, CONFIG_FILE, FINAL, AVERAGE, LOCK_FILE = ("run.json", "config.yaml", "final", "ema", ".lock")
 CLAIM_WAIT_S, CLAIM_POLL_S = 20.0, 0.1
 """How long a run that was told to end, or whose parent was killed, may take to leave its directory."""
 SHOWN_DIFFERENCES = 5
@@ -49,7 +49,7 @@ def find_start(config: TrainConfig) -> Start:
             train.steps.
         CheckpointError: the checkpoint that the run begins from is not whole.
     """
-    start = _start(config)
+    start = look(config)
     if start.step > config.train.steps:
         raise ResumeError(
             f"{start.checkpoint} is at step {start.step}, train.steps is {config.train.steps}; ask for at least "
@@ -58,7 +58,8 @@ def find_start(config: TrainConfig) -> Start:
     return start
 
 
-def _start(config: TrainConfig) -> Start:
+def look(config: TrainConfig) -> Start:
+    """As `find_start`, for a run whose length is not known yet."""
     run_dir, resume = Path(config.train.output_dir), config.checkpoint.resume
     if run_dir.exists() and not run_dir.is_dir():
         raise ResumeError(f"train.output_dir {run_dir} is a file; expected a directory, or a name that is free")

@@ -13,6 +13,7 @@ from typing import IO, Any
 from student_trainer import checkpoint, guards, metrics, model_card, packing_check, resume
 from student_trainer import student as students
 from student_trainer.alarms import Alarms
+from student_trainer.average import averages, in_place_of
 from student_trainer.config import TrainConfig, steps_of_epochs
 from student_trainer.console import Console
 from student_trainer.data import Prompts, load_prompts, open_prompts
@@ -29,6 +30,7 @@ from student_trainer.student import Student
 from student_trainer.teachers import privileged
 from student_trainer.teachers.config import prefix
 from student_trainer.teachers.panel import Panel, connect
+from student_trainer.teachers.past import PastTeachers
 from student_trainer.tracking import METRICS_FILE, Tracker, check_installed, read_metrics
 from student_trainer.types import Metrics, Prompt, ScoredRollout
 from teacher_api.types import TeacherInfo
@@ -51,6 +53,7 @@ class Run:
     sampler: TorchSampler
     eval_sampler: TorchSampler
     scorer: Panel
+    past: PastTeachers
     objective: AnyObjective
     needs: Needs
     strategy: Replicated
@@ -112,7 +115,7 @@ class Run:
         """Metrics of the step that `step` now counts, reduced over ranks, to the console and the trackers."""
         figures = metrics.of_rollouts(scored, self.dist.sum_metrics)
         self.tokens += int(figures["tokens"])
-        figures |= self.scorer.figures(self.dist.sum_metrics)
+        figures |= {**self.scorer.figures(self.dist.sum_metrics), **self.past.figures()}
         figures = {**learned, **figures, "total_tokens": float(self.tokens)}
         if any(source.overlong == "drop" for source in self.config.data.sources):
             figures["dropped_prompts"] = float(self.prompts.dropped().total)
@@ -152,7 +155,34 @@ class Run:
             self.saved_at = -1
             self.checkpoint()
 
+    def refresh_teachers(self) -> None:
+        """Where a teacher is the student's own past, and a newer one is to teach the next step: that one."""
+        for name in self.past.outdated(self.step):
+            url = ""
+            with self.whole_or_not_at_all():
+                if self.dist.is_main:
+                    url = self.past.refresh(name, self.step)
+            url = self.dist.first(url)
+            with self.whole_or_not_at_all():
+                self.scorer.reconnect(name, url)
+            self.past.note(name, self.step, self.scorer.fingerprints[name])
+            if self.dist.is_main:
+                self.past.prune(checkpoint.steps(self.run_dir))
+            who = f"teacher {name}" if name else "the teacher"
+            self.console.say(
+                f"step {self.step}: {who} is now the student after {self.past.served[name]} steps, fingerprint "
+                f"{self.scorer.fingerprints[name]}"
+            )
+
+    def _keep_for_teachers(self) -> None:
+        """Snapshots of the student that later steps are taught by."""
+        for kind in self.past.kinds_due(self.step):
+            self._export(self.past.path(kind, self.step), averaged=kind == "ema")
+            if self.dist.is_main:
+                self.past.kept(kind, self.step)
+
     def checkpoint_if_due(self) -> None:
+        self._keep_for_teachers()
         every = self.config.checkpoint.save_every
         if (every and self.step % every == 0) or self.step == self.config.train.steps:
             self.checkpoint()
@@ -181,6 +211,7 @@ class Run:
             "alarms": self.alarms.state(),
             "figures": {k: v for k, v in self.figures.items() if metrics.finite(v) and "seconds" not in k},
             "teacher_fingerprints": self.scorer.fingerprints,
+            "past": self.past.state(),
             "prompts": self._prompts_state(),
             "world": self.dist.world,
         }
@@ -193,6 +224,7 @@ class Run:
             state=state,
         )
         checkpoint.prune(self.run_dir, self.config.checkpoint)
+        self.past.prune(checkpoint.steps(self.run_dir))
 
     @contextlib.contextmanager
     def whole_or_not_at_all(self) -> Iterator[None]:
@@ -220,14 +252,31 @@ class Run:
         }
 
     def finish(self) -> None:
-        """The final student, as a directory that plain transformers loads; its adapters, too, in one beside it."""
-        with self.strategy.whole(main_only=True, on_host=True):
+        """The final student, as a directory that plain transformers loads; its adapters and its average, too, in
+        others beside it."""
+        self._export(self.run_dir / resume.FINAL, with_card=True)
+        if self.config.optim.ema_decay:
+            self._export(self.run_dir / resume.AVERAGE, averaged=True, with_card=True)
+
+    def _export(self, directory: Path, *, averaged: bool = False, with_card: bool = False) -> None:
+        """The student, or its average, in `directory`; with a card for those who get it, and its adapters beside it."""
+        average = averages(self.optimizer.gathered().state()[0]) if averaged else {}
+        failure: Exception | None = None
+        with self.strategy.whole(main_only=True, on_host=True), in_place_of(self.student.model, average):
             if self.dist.is_main:
-                card = model_card.render(self.config, self.teachers, read_metrics(self.run_dir / METRICS_FILE))
-                for suffix, model in self.student.exports().items():
-                    directory = self.run_dir / (resume.FINAL + suffix)
-                    checkpoint.export(directory, model=model, tokenizer=self.student.tokenizer, card=card)
-        self.dist.barrier()
+                try:
+                    self._write_exports(directory, with_card=with_card)
+                except checkpoint.CheckpointError as error:  # the others wait to hear how it went
+                    failure = error
+        guards.agree(self.dist, failure)
+
+    def _write_exports(self, directory: Path, *, with_card: bool) -> None:
+        lines = read_metrics(self.run_dir / METRICS_FILE) if with_card else []
+        card = model_card.render(self.config, self.teachers, lines) if with_card else ""
+        for suffix, model in self.student.exports().items():
+            if with_card or not suffix:
+                place = directory.with_name(directory.name + suffix)
+                checkpoint.export(place, model=model, tokenizer=self.student.tokenizer, card=card)
 
     def close(self) -> None:
         self.console.close()
@@ -249,11 +298,14 @@ class Run:
         return str(self.student.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def prepare(config: TrainConfig, dist: Distributed, urls: Mapping[str, str], stop: guards.StopSignals) -> Run:
+def prepare(
+    config: TrainConfig, dist: Distributed, urls: Mapping[str, str], stop: guards.StopSignals, past: PastTeachers
+) -> Run:
     """Loads and checks everything; writes nothing, and waits for no other rank. `Run.spread` comes next.
 
     Args:
         urls: of the teachers, by name.
+        past: those that are the student's own past, served.
 
     Raises:
         ValueError: a family of one-line refusals: student, data, output directory, handshake.
@@ -281,9 +333,11 @@ def prepare(config: TrainConfig, dist: Distributed, urls: Mapping[str, str], sto
         tokenizer=student.tokenizer,
         longest_tokens=longest,
         longest_privileged=prompts.longest.teacher_prompt + _longest_completion(config, prompts),
-        began_with=resume.fingerprints(start),
+        began_with=past.held_to(start.state, resume.fingerprints(start)),
     )
     try:
+        for name in past.teachers:
+            past.note(name, start.step, scorer.fingerprints[name])
         warnings += [*start.warnings, *_warnings(config, prompts, scorer.needs)]
         warnings += [student.packing.reason] if student.packing.reason else []
         if start.checkpoint is not None:
@@ -298,6 +352,7 @@ def prepare(config: TrainConfig, dist: Distributed, urls: Mapping[str, str], sto
             sampler=make_sampler(config, student, {}),
             eval_sampler=make_sampler(config, student, _eval_settings(config)),
             scorer=scorer,
+            past=past,
             objective=objective,
             needs=scorer.needs,
             strategy=strategy,

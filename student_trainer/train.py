@@ -27,6 +27,7 @@ def train(run: Run) -> None:
     """
     run.evaluate_if_due()
     while run.step < run.config.train.steps:
+        run.refresh_teachers()
         clock = metrics.Clock()
         with run.strategy.whole(), run.whole_or_not_at_all():
             rollouts = sample(run)

@@ -27,7 +27,12 @@ class TeacherConfig(Section):
     """With an openai+ URL: directory of the tokenizer that the teacher was started with, which a stock server can't be
     asked for; empty: it is taken to be the student's, with a warning."""
     model: str = ""
-    """Instead of a URL: a model to serve from a child process of this run, stopped when the run ends."""
+    """Instead of a URL: a model to serve from a child process of this run, stopped when the run ends. `self`: the
+    student as it was at an earlier step; `ema`: its moving average (optim.ema_decay). (A directory of that name is
+    ./self.)"""
+    refresh_every: int = Field(0, ge=0)
+    """With model self or ema: every so many steps the child is started again with the student of that step. 0: it
+    stays what the run began with."""
     serve_args: tuple[str, ...] = ()
     """With `model`: further arguments of the child's command line, such as --dtype=bfloat16."""
     visible_devices: str = ""
@@ -88,6 +93,22 @@ class TeacherConfig(Section):
         if isinstance(value, int) and value < 0:
             raise ValueError(f"got {value}, expected 0 or more, or all")
         return value
+
+    @property
+    def is_past(self) -> bool:
+        """Whether it is the student's own past."""
+        return self.model in ("self", "ema")
+
+    @model_validator(mode="after")
+    def _refreshed_from_the_student_alone(self) -> TeacherConfig:
+        if self.refresh_every and not self.is_past:
+            raise ValueError(
+                f"refresh_every: got {self.refresh_every} with model {self.model!r}, expected none: only self and ema "
+                "change while the student learns"
+            )
+        if self.model == "ema" and not self.refresh_every:
+            raise ValueError("refresh_every: not set with model ema, expected the steps after which it is served anew")
+        return self
 
     @property
     def is_privileged(self) -> bool:

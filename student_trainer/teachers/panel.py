@@ -54,6 +54,7 @@ class Panel:
         by: how several share the work (TeachingConfig.by).
         seed: of teaching.by sample.
         student_top_k: ids per position that the sampler keeps.
+        shake_hands: makes a member of a teacher's name and URL.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Panel:
         seed: int = 0,
         *,
         student_top_k: int = 0,
+        shake_hands: Callable[[str, str], Member] | None = None,
     ) -> None:
         self.members = dict(members)
+        self._shake_hands = shake_hands
         self._by = by
         self._seed = seed
         self._student_top_k = student_top_k
@@ -150,6 +153,17 @@ class Panel:
         means = {key: value / rows.get(key, 1.0) for key, value in sums.items() if rows.get(key, 1.0)}
         return {**means, **self._seconds}
 
+    def reconnect(self, name: str, url: str) -> None:
+        """Another teacher takes the place of the one called `name`, after a handshake of its own.
+
+        Raises:
+            ValueError, TeacherGone, TeacherError: it can't be reached or used.
+        """
+        assert self._shake_hands is not None, "connect() gives it"
+        self.members[name].scorer.close()
+        self.members[name] = self._shake_hands(name, url)
+        self.check_mixture()
+
     def close(self) -> None:
         for member in self.members.values():
             member.scorer.close()
@@ -234,27 +248,35 @@ def connect(
     members: dict[str, Member] = {}
     warnings: list[str] = []
     run_name = Path(config.train.output_dir).name
-    try:
-        for name, one in config.all_teachers.items():
-            with named(name):
-                options = options_of(config, name, needs[name])
-                url = urls[name]
-                client, info = scoring.connect(one, url, run_name=run_name, tokenizer=tokenizer, name=name)
-                scorer = scoring.TeacherScorer(client, url, one, options, name)
-                members[name] = Member(name, one, scorer, info)
+
+    def shake_hands(name: str, url: str, began_with: str = "") -> Member:
+        one = config.all_teachers[name]
+        options = options_of(config, name, needs[name])
+        with named(name):
+            client, info = scoring.connect(one, url, run_name=run_name, tokenizer=tokenizer, name=name)
+            member = Member(name, one, scoring.TeacherScorer(client, url, one, options, name), info)
+            try:
                 scoring.check_tokenizer(tokenizer, info)
                 asked = replace(needs[name], student_top_k=most)
                 longest = longest_privileged if one.is_privileged else longest_tokens
                 found = scoring.check_teacher(info, asked, options, longest, prefix(name))
-                scoring.check_same_teacher(began_with.get(name, ""), info, one.accept_new_teacher)
-                warnings += [f"{prefix(name)}: {warning}" if name else warning for warning in found]
-        panel = Panel(members, config.teaching.by, config.train.seed, student_top_k=most)
+                scoring.check_same_teacher(began_with, info, one.accept_new_teacher)
+            except BaseException:
+                member.scorer.close()
+                raise
+        warnings.extend(f"{prefix(name)}: {warning}" if name else warning for warning in found)
+        return member
+
+    try:
+        for name in config.all_teachers:
+            members[name] = shake_hands(name, urls[name], began_with.get(name, ""))
+        panel = Panel(members, config.teaching.by, config.train.seed, student_top_k=most, shake_hands=shake_hands)
         panel.check_mixture()
     except BaseException:
         for member in members.values():
             member.scorer.close()
         raise
-    return panel, warnings
+    return panel, list(warnings)
 
 
 def options_of(config: TrainConfig, name: str, needs: Needs) -> ScoreOptions:
