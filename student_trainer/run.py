@@ -36,8 +36,9 @@ from student_trainer.types import Metrics, Prompt, ScoredRollout
 from teacher_api.types import TeacherInfo
 
 SAMPLES_SHOWN = 3
-CHUNK_BYTES = 64 * 2**20
-"""Of float32 logits that exist at a time, by default."""
+CHUNK_BYTES = 160 * 2**20
+"""Of float32 logits that exist at a time, by default: 276 rows at a vocabulary of 151,936. With far fewer rows a CPU's
+products with the head slow down (docs/decisions/0015-loss-in-one-pass.md)."""
 
 
 @dataclass(slots=True)

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from student_trainer.losses.base import as_float
 from teacher_api import causal_lm
 
+CPU_COLUMNS = 8192
+"""Columns of the gradient in one product with the head's matrix on a CPU, where a few hundred rows times the whole
+vocabulary are slower."""
 PRODUCT_BYTES = 16 * 2**20
 """Of a head gradient in another precision than the parameter's, formed at a time."""
 
@@ -147,7 +150,13 @@ class LinearProjection:
         grad_nW = grad_nW.to(self._matrix_WH.dtype)
         if self._weight.requires_grad:
             self._add_product(grad_nW)
-        return torch.mm(grad_nW, self._matrix_WH)
+        if grad_nW.device.type != "cpu" or grad_nW.dtype not in (torch.float32, torch.float64):
+            return torch.mm(grad_nW, self._matrix_WH)
+        grad_nH = torch.zeros_like(self._hidden_nH)
+        for start in range(0, grad_nW.shape[1], CPU_COLUMNS):
+            columns = slice(start, start + CPU_COLUMNS)
+            grad_nH.addmm_(grad_nW[:, columns], self._matrix_WH[columns])
+        return grad_nH
 
     def _add_product(self, grad_nW: Tensor) -> None:
         """grad W += gradᵀ h, into the parameter's gradient itself."""

@@ -349,6 +349,45 @@ def test_lora_on_the_head_trains_the_adapter_alone(name, plain_student):
     assert lora.base_layer.weight.grad is None
 
 
+def allocated_peak(work: Any) -> int:
+    """Most bytes that torch's allocator held at a time for `work`, beside what was there."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
+
+
+def third_step_peak(name: str, soft_cap: float | None, num: int, chunk_rows: int) -> int:
+    """Beside the gradients and one chunk of logits; optimizer state is there from the first step on."""
+    hidden_size, width = 32, 8_000
+    objective = losses.build(losses.parse_loss({"objective": name}))
+    draw = np.random.default_rng(0)
+    log_p = log_softmax(draw.normal(size=(1, width))).repeat(num, 0)
+    ids = draw.integers(0, width, (num, 4)).astype(np.int32)
+    scored = [scored_rollout(log_p, ids[:, 0], vocabulary=width, top_k=4, student_ids=ids)]
+    rows = loss_rows(scored, objective.config, "cpu", objective.prepare(scored, lambda x: x))
+    project = nn.Linear(hidden_size, width, bias=False)
+    head = Head(Parts(None, project, width, hidden_size, soft_cap=soft_cap))
+    optimizer = torch.optim.AdamW(project.parameters(), fused=True)
+    hidden, weights = torch.randn(num, hidden_size, requires_grad=True), torch.full((num,), 1 / num)
+    for _ in range(3):
+        peak = allocated_peak(lambda: chunked.backward(head, hidden, objective, rows, weights, chunk_rows))
+        optimizer.step()
+        optimizer.zero_grad()
+        hidden.grad = None
+    return peak - 4 * (hidden_size * (width + num) + chunk_rows * width)
+
+
+@pytest.mark.parametrize(("name", "soft_cap"), [("reverse_kl", None), ("jsd", 3.0), ("policy_gradient", None)])
+def test_memory_is_the_gradients_and_a_chunk_whatever_the_number_of_rows(name, soft_cap, monkeypatch):
+    """All logits would be 8 and 24 times the chunk of 500 kB. A memory test must run at least three steps."""
+    block = 128 << 10
+    monkeypatch.setitem(student_side.BLOCK_BYTES, "cpu", block)
+    few, many = (third_step_peak(name, soft_cap, num, 16) for num in (128, 384))
+    assert few < 4 * block
+    assert many < few + (64 << 10)
+
+
 def test_only_a_head_nobody_listens_in_on_is_taken_apart():
     hooked, listened = linear(), linear()
     hooked.register_forward_hook(lambda *_: None)
