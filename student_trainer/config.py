@@ -241,8 +241,17 @@ class TrainConfig(Section):
                 )
 
     def _no_idle_ratios(self) -> None:
-        """Corrections for samples of another policy, where all are of the one that is trained."""
-        loss, rollout = self.loss, self.rollout
+        """Corrections for samples of another policy, where all are of the one that is trained or nothing is sampled;
+        prompts, where there are none."""
+        loss, rollout, data = self.loss, self.rollout, self.data
+        if loss.on_prompt and all(source.format == "packed_text" for source in data.sources):
+            raise ValueError("loss.on_prompt: got true with data.format packed_text, expected none: it has no prompts")
+        for key in ("staleness", "behaviour", "ratio_bounds"):
+            value = getattr(loss, key)
+            if data.on_policy_fraction == 0.0 and value not in (None, "none"):
+                raise ValueError(
+                    f"loss.{key}: got {value} with data.on_policy_fraction 0, expected none: nothing is sampled"
+                )
         if loss.behaviour == "weight" and rollout.engine == "torch" and (rollout.greedy or rollout.is_untempered):
             how = "greedy takes" if rollout.greedy else "temperature 1 without top_p and top_k samples"
             what = "one token, whose ratio says nothing" if rollout.greedy else "from q_old itself"

@@ -153,6 +153,29 @@ def test_logits_of_all_rows_never_exist_at_once_with_cross_entropy_or_weights(ke
     assert (leaf.grad.abs().sum(1) > 0).sum() > 8  # of some, the ratio is out of bounds
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("jsd", {"beta": 1e-4}),
+        ("jsd", {"beta": 1 - 1e-4}),
+        ("skewed_forward_kl", {"skew_lambda": 1e-6}),
+        ("skewed_reverse_kl", {"skew_lambda": 1e-6}),
+    ],
+)
+def test_mixtures_with_a_tiny_weight_keep_their_digits_in_float32(name, keys):
+    """1 − λ rounds to 1 in float32: λ would be gone, and log 0 in its place."""
+    z = logits(13, n=6, v=300).float()
+    z[:, :3] += torch.linspace(2, 20, 6)[:, None]
+    teacher = exact_rows(log_softmax(logits(14, n=6, v=300).numpy()), [[0, 1]] * 6, [0] * 6)
+    gradients = []
+    for leaf in (z.clone().requires_grad_(), z.double().requires_grad_()):
+        value = build(name, support="teacher", **keys).per_token(loss_inputs(leaf, teacher, [0] * 6)).value
+        value.sum().backward()
+        gradients.append(leaf.grad.double())
+    scale = gradients[1].abs().amax(1, keepdim=True)
+    assert ((gradients[0] - gradients[1]).abs() <= 1e-5 * scale).all()
+
+
 def test_every_recipe_of_the_docs_is_a_configuration_that_is_accepted():
     """A recipe that is refused, or names keys that are not there, helps nobody."""
     table = DOCS.read_text().partition("## Recipes")[2].partition("\n## ")[0]

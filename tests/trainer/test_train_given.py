@@ -245,6 +245,21 @@ def test_mixed_supports_of_samples_and_fixed_data_make_one_batch(checkpoint, rol
             "loss.behaviour: got weight, expected none: rollout's greedy",
         ),
         ({"loss": {"staleness": "prefix"}}, "loss.staleness: got prefix with train.updates 1, expected none"),
+        (
+            {
+                "loss": {"staleness": "prefix"},
+                "train": {"updates": 2},
+                "data": {"source": "x", "on_policy_fraction": 0.0},
+            },
+            "loss.staleness: got prefix with data.on_policy_fraction 0, expected none: nothing is sampled",
+        ),
+        (
+            {
+                "loss": {"on_prompt": True},
+                "data": {"source": "x", "format": "packed_text", "seq_length": 32, "on_policy_fraction": 0.0},
+            },
+            "loss.on_prompt: got true with data.format packed_text",
+        ),
         ({"loss": {"ratio_bounds": [0.5, 2.0]}}, r"loss.ratio_bounds: got \(0.5, 2.0\) with train.updates 1"),
     ],
 )  # fmt: skip
