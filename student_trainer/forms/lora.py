@@ -61,7 +61,7 @@ def add(model: Any, config: LoraConfig, *, seed: int, base: str, revision: str) 
             raise ValueError(f"student.lora: peft can't adapt {type(model).__name__}: {error}") from error
     settings.base_model_name_or_path = base
     settings.revision = revision or None
-    settings.target_modules = targets  # a list, in order; peft makes it a set, which is written in any order
+    settings.target_modules = _short(targets, layers)  # a list: the set that peft makes is written in any order
 
 
 def is_adapted(model: Any) -> bool:
@@ -188,6 +188,12 @@ def _targets(model: Any, config: LoraConfig) -> list[str]:
     if not targets:
         raise ValueError("student.lora.exclude_modules: leaves no layer of target_modules, expected one at least")
     return targets
+
+
+def _short(targets: list[str], layers: dict[str, Any]) -> list[str]:
+    """Ends of names that say `targets` and nothing else, as adapters' configurations have them; else all of them."""
+    ends = sorted({name.rpartition(".")[2] for name in targets})
+    return ends if all(name in targets for name in layers if _ends(name, tuple(ends))) else targets
 
 
 def _refuse_unmatched(key: str, words: tuple[str, ...], names: Any, model: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,22 @@ def test_an_adapted_head_is_saved_without_the_weights_under_it(tmp_path) -> None
     student = adapted(base, target_modules=("lm_head",))
     saved = checkpoint.export(tmp_path / "saved", model=student.as_saved(), tokenizer=None)
     assert {name.split(".")[-2] for name in load_file(saved / "adapter_model.safetensors")} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        ({"target_modules": ("1.self_attn.q_proj",)}, ["model.layers.1.self_attn.q_proj"]),
+    ],
+)
+def test_adapters_name_their_layers_as_adapters_do(settings, expected: list[str], tmp_path) -> None:
+    """By the ends of the names, where these say it: other programs take an adapter by them."""
+    student = adapted(save_tiny(tmp_path / "base"), **settings)
+    saved = checkpoint.export(tmp_path / "saved", model=student.as_saved(), tokenizer=None)
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["target_modules"] == expected
+    assert (config["base_model_name_or_path"], config["r"]) == (str((tmp_path / "base").resolve()), 4)
 
 
 def test_fresh_adapters_are_a_function_of_the_seed(tmp_path) -> None:
