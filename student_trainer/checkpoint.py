@@ -46,6 +46,11 @@ class CheckpointConfig(Section):
     """A metric of metrics.jsonl: one of an evaluation, or of the training step that the checkpoint follows."""
     mode: Literal["max", "min"] = "max"
     """Whether a high or a low `metric` is good."""
+    push_to_hub: str = ""
+    """Repository of the Hugging Face hub (user/name) that the final student is uploaded to, with the token of
+    `hf auth login` or HF_TOKEN; empty: none, and nothing is sent anywhere."""
+    hub_private: bool = True
+    """Whether that repository, where it is not there yet, is made a private one."""
     resume: str = "auto"
     """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: refuse to run where one
     is; or the path of a checkpoint of another run to begin from, in an output_dir of its own."""
@@ -59,6 +64,8 @@ class CheckpointConfig(Section):
                 f"metric: got {self.metric!r}, expected one of {', '.join(EVAL_METRICS)}, or a metric of "
                 "the training steps"
             )
+        if not self.push_to_hub and not self.hub_private:
+            raise ValueError("hub_private: got false without push_to_hub, expected both or neither")
         if self.keep_top_k == 0:
             for name in ("metric", "mode"):
                 if getattr(self, name) != type(self).model_fields[name].default:

@@ -36,6 +36,7 @@ SHORTCUTS = {
     "--output-dir": "train.output_dir",
     "--steps": "train.steps",
     "--num-processes": "train.num_processes",
+    "--push-to-hub": "checkpoint.push_to_hub",
 }
 SWITCHES = {
     "print_config": "print the resolved configuration as YAML and exit",
@@ -122,6 +123,7 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
     """This process' part of the run, with the teachers at `urls`; none: they are to be found or started."""
     from student_trainer import distributed, guards, launch, plan, scoring
     from student_trainer.checkpoint import CheckpointError
+    from student_trainer.hub import PushError
     from student_trainer.rollout.base import RolloutError
     from student_trainer.run import prepare, require_alike
     from student_trainer.teachers.past import PastTeachers
@@ -179,6 +181,7 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
             scoring.ScoreError,
             TeacherError,
             CheckpointError,
+            PushError,
             ValueError,  # another teacher than before; an objective of the user's own that gives what it must not
             OSError,  # a disk that refuses a line of metrics
             distributed.RankLost,

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from student_trainer.data.config import PromptConfig
 from student_trainer.types import Prompt, Rollout
@@ -30,6 +30,18 @@ class EvalConfig(Section):
     """The first so many of the data; all where there are fewer."""
     max_new_tokens: int = Field(0, ge=0)
     """0: as in training."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """torch: the training weights themselves, each process solves its share. vllm: the weights are written to a
+    directory beside the checkpoints and evaluated there by a `student-eval --engine vllm` of its own, which the main
+    process starts and the others wait for."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """With engine vllm: arguments of its engine, such as gpu_memory_utilization (of what training leaves)."""
+
+    @model_validator(mode="after")
+    def _arguments_of_an_engine_that_starts(self) -> Self:
+        if self.vllm and self.engine != "vllm":
+            raise ValueError(f"vllm: got {self.vllm} with engine {self.engine}, expected none")
+        return self
 
 
 class Sampler(Protocol):
@@ -72,6 +84,13 @@ def evaluate(
     Raises:
         ValueError: no prompts, or a prompt without an answer.
     """
+    require_answers(prompts)
+    places = range(len(prompts))
+    return summarise(list(progress(judged(sampler, prompts, places, task, decode=decode, batch_size=batch_size))))
+
+
+def require_answers(prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError where there is nothing to judge, or nothing to judge it by."""
     if not prompts:
         raise ValueError("nothing to evaluate: no prompts")
     missing = [p.index for p in prompts if p.answer is None]
@@ -80,15 +99,29 @@ def evaluate(
             f"{len(missing)} of {len(prompts)} prompts have no answer, the first is row {missing[0]}; set answer_key"
         )
 
-    def judged() -> Iterator[Judged]:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            for rollout in sampler.sample(batch, range(start, start + len(batch))):
-                text, answer = decode(rollout.token_ids.tolist()), rollout.prompt.answer or ""
-                finished = rollout.finish == "eos"
-                yield Judged(rollout.prompt.text, text, answer, finished and TASKS[task](text, answer))
 
-    return summarise(list(progress(judged())))
+def judged(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    places: Sequence[int],
+    task: TaskName,
+    *,
+    decode: Callable[[Sequence[int]], str],
+    batch_size: int = 64,
+) -> Iterator[Judged]:
+    """The prompts at `places`, judged. A sample's random numbers are those of its place, whoever draws it."""
+    for start in range(0, len(places), batch_size):
+        batch = places[start : start + batch_size]
+        for rollout in sampler.sample([prompts[place] for place in batch], batch):
+            text, answer = decode(rollout.token_ids.tolist()), rollout.prompt.answer or ""
+            finished = rollout.finish == "eos"
+            yield Judged(rollout.prompt.text, text, answer, finished and TASKS[task](text, answer))
+
+
+def in_order(shares: Sequence[Sequence[Judged]]) -> list[Judged]:
+    """The ranks' shares, rank r having judged places r, r + world, …, as one list in the order of places."""
+    world = len(shares)
+    return [shares[place % world][place // world] for place in range(sum(map(len, shares)))]
 
 
 def summarise(samples: Sequence[Judged]) -> EvalResult:

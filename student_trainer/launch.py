@@ -27,7 +27,7 @@ Not an option: their configuration, which they record, stays as the user wrote i
 POLL_S = 0.1
 STOP_GRACE_S = 40.0
 """From SIGTERM to SIGKILL: a rank may write its checkpoint in this time."""
-TEACHER_STOP_S = 10.0
+TEACHER_STOP_S = CHILD_STOP_S = 10.0
 TEACHER_LOAD_S = 1800.0
 """Longest wait for a local teacher to load; it exits at once where it can't."""
 
@@ -57,9 +57,7 @@ def local_teacher(config: TeacherConfig, model: str) -> Iterator[str]:
     Raises:
         HandshakeError: it ended before it was ready; its own line of cause is on standard error.
     """
-    environment = dict(os.environ)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)  # the child is none of our ranks
+    environment = _environment_of_a_child()
     for name in ("TEACHER_API_KEY", "TEACHER_API_KEYS"):
         environment.pop(name, None)  # of other teachers; the child's is ours
     if config.visible_devices:
@@ -79,6 +77,28 @@ def local_teacher(config: TeacherConfig, model: str) -> Iterator[str]:
             yield _wait_ready(child, announced, model)
         finally:
             _stop([child], TEACHER_STOP_S)
+
+
+def run_child(command: Sequence[str], stop_s: float = CHILD_STOP_S) -> int:
+    """Runs a program that is none of our ranks, its standard output on our standard error; its exit code. Whatever ends
+    the wait ends the program."""
+    child = subprocess.Popen(
+        command,
+        env=_environment_of_a_child(),
+        stdout=sys.stderr,
+        start_new_session=True,
+        preexec_fn=_die_with_parent(),
+    )
+    try:
+        return child.wait()
+    finally:
+        _stop([child], stop_s)
+
+
+def _environment_of_a_child() -> dict[str, str]:
+    """Ours, without what makes a process one of our ranks."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", TEACHERS)
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def run_ranks(num_processes: int, arguments: Sequence[str], urls: Mapping[str, str]) -> int:

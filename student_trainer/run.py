@@ -10,29 +10,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from student_trainer import checkpoint, guards, metrics, model_card, packing_check, resume
+from student_trainer import (
+    checkpoint,
+    evaluation,
+    guards,
+    hub,
+    metrics,
+    model_card,
+    packing_check,
+    resume,
+)
 from student_trainer import student as students
 from student_trainer.alarms import Alarms
 from student_trainer.average import averages, in_place_of
 from student_trainer.config import TrainConfig, steps_of_epochs
 from student_trainer.console import Console
-from student_trainer.data import Prompts, load_prompts, open_prompts
+from student_trainer.data import Prompts, open_prompts
 from student_trainer.data.fixed import Mix
 from student_trainer.distributed import Distributed, weights_digest
-from student_trainer.evaluate import EvalResult, evaluate
 from student_trainer.losses import build
 from student_trainer.losses.base import AnyObjective, Needs
 from student_trainer.optim import Optimizer, StateSource
 from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.choose import choose
 from student_trainer.rollout.torch_sampler import TorchSampler
-from student_trainer.student import Student
+from student_trainer.student import Student, room_for
 from student_trainer.teachers import privileged
 from student_trainer.teachers.config import prefix
 from student_trainer.teachers.panel import Panel, connect
 from student_trainer.teachers.past import PastTeachers
 from student_trainer.tracking import METRICS_FILE, Tracker, check_installed, read_metrics
-from student_trainer.types import Metrics, Prompt, ScoredRollout
+from student_trainer.types import Metrics, ScoredRollout
 from teacher_api.types import TeacherInfo
 
 SAMPLES_SHOWN = 3
@@ -50,9 +58,8 @@ class Run:
     student: Student
     prompts: Prompts
     mix: Mix
-    eval_prompts: Sequence[Prompt]
+    evaluator: evaluation.Evaluator
     sampler: TorchSampler
-    eval_sampler: TorchSampler
     scorer: Panel
     past: PastTeachers
     objective: AnyObjective
@@ -135,22 +142,18 @@ class Run:
             self.console.samples(self.step, metrics.sample_rows(scored, self._decode, SAMPLES_SHOWN))
 
     def evaluate_if_due(self) -> None:
-        """Accuracy of the weights as they are, on the main rank; the others wait for it at the next agreement."""
-        every, step = self.config.eval.every, self.step
-        due = bool(every) and (step % every == 0 or step == self.config.train.steps)
-        if not due or self.evaluated_at == step:
+        """Accuracy of the weights as they are."""
+        step = self.step
+        if not self.evaluator.due(step) or self.evaluated_at == step:
             return
-        result = None
-        with self.strategy.whole(main_only=True), self.whole_or_not_at_all():
-            if self.dist.is_main:
-                result = self._evaluate()
-        if result is not None:  # outside: a stop between line and note would have it written twice
-            evaluated = {"eval_accuracy": result.accuracy, "eval_low": result.low, "eval_high": result.high}
-            self.figures = {**self.figures, **evaluated}
-            self._log(evaluated)
-            self.console.say(
-                f"step {step}: accuracy {result.accuracy:.1%} ({result.low:.1%}…{result.high:.1%}, n = {result.num})"
-            )
+        result = self.evaluator.result(self.strategy, self.whole_or_not_at_all())
+        # Past what a stop may interrupt: one between line and note would have it written twice.
+        evaluated = {"eval_accuracy": result.accuracy, "eval_low": result.low, "eval_high": result.high}
+        self.figures = {**self.figures, **evaluated}
+        self._log(evaluated)
+        self.console.say(
+            f"step {step}: accuracy {result.accuracy:.1%} ({result.low:.1%}…{result.high:.1%}, n = {result.num})"
+        )
         self.evaluated_at = step
         if self.saved_at == step:  # stopped in this evaluation: its checkpoint does not know the outcome
             self.saved_at = -1
@@ -258,6 +261,8 @@ class Run:
         self._export(self.run_dir / resume.FINAL, with_card=True)
         if self.config.optim.ema_decay:
             self._export(self.run_dir / resume.AVERAGE, averaged=True, with_card=True)
+        if self.dist.is_main and self.config.checkpoint.push_to_hub:
+            self.console.say(f"uploaded to {hub.push(self.run_dir / resume.FINAL, self.config.checkpoint)}")
 
     def _export(self, directory: Path, *, averaged: bool = False, with_card: bool = False) -> None:
         """The student, or its average, in `directory`; with a card for those who get it, and its adapters beside it."""
@@ -291,10 +296,6 @@ class Run:
         assert self.tracker is not None, "begin() opens the tracker"
         self.tracker.log(self.step, figures)
 
-    def _evaluate(self) -> EvalResult:
-        with self.student.arithmetic():
-            return evaluate(self.eval_sampler, self.eval_prompts, self.config.eval.task, decode=self._decode)
-
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self.student.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
@@ -314,6 +315,7 @@ def prepare(
     """
     start = None if config.train.epochs else resume.find_start(config)
     check_installed(config.tracking)
+    hub.check(config.checkpoint)
     objective = build(config.loss)
     strategy = choose(config, dist)
     student = students.load(
@@ -349,9 +351,14 @@ def prepare(
             student=student,
             prompts=prompts,
             mix=Mix(config.data.on_policy_fraction, config.data.mix, config.train.seed),
-            eval_prompts=_eval_prompts(config, student),
+            evaluator=evaluation.Evaluator(
+                config,
+                dist,
+                student,
+                evaluation.load_problems(config, student),
+                make_sampler(config, student, evaluation.sampling_changes(config)),
+            ),
             sampler=make_sampler(config, student, {}),
-            eval_sampler=make_sampler(config, student, _eval_settings(config)),
             scorer=scorer,
             past=past,
             objective=objective,
@@ -408,30 +415,6 @@ def make_sampler(config: TrainConfig, student: Student, changes: dict[str, Any])
     )
 
 
-def _eval_settings(config: TrainConfig) -> dict[str, Any]:
-    changes: dict[str, Any] = {"greedy": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    if config.eval.max_new_tokens:
-        changes["max_new_tokens"] = config.eval.max_new_tokens
-    return changes
-
-
-def _eval_prompts(config: TrainConfig, student: Student) -> Sequence[Prompt]:
-    if not config.eval.every:
-        return ()
-    if config.eval.data is None:
-        raise ValueError("eval.every is set, but eval.data is not: name problems with answers (eval.data.source)")
-    source = load_prompts(config.eval.data, student.tokenizer, limit=config.eval.num_prompts)
-    prompts = source.all()
-    without = [p.index for p in prompts if p.answer is None]
-    if without:
-        raise ValueError(
-            f"eval.data: {len(without)} of {len(prompts)} problems have no answer, the first is {without[0]}"
-        )
-    new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    _refuse_too_long(source.longest.prompt, new_tokens, student, "eval.max_new_tokens", "eval.data.max_prompt_tokens")
-    return prompts
-
-
 def _warnings(config: TrainConfig, prompts: Prompts, needs: Needs) -> list[str]:
     """What is allowed, but should be known."""
     found = []
@@ -471,7 +454,7 @@ def _longest_tokens(config: TrainConfig, student: Student, prompts: Prompts) -> 
     if config.data.on_policy_fraction == 0.0:
         return longest.sequence
     new_tokens = config.rollout.max_new_tokens
-    sampled = _refuse_too_long(longest.prompt, new_tokens, student, "rollout.max_new_tokens", "data.max_prompt_tokens")
+    sampled = room_for(longest.prompt, new_tokens, student, "rollout.max_new_tokens", "data.max_prompt_tokens")
     return max(sampled, longest.sequence)
 
 
@@ -479,14 +462,3 @@ def _longest_completion(config: TrainConfig, prompts: Prompts) -> int:
     """In tokens, sampled or given."""
     sampled = config.rollout.max_new_tokens if config.data.on_policy_fraction else 0
     return max(sampled, prompts.longest.fixed)
-
-
-def _refuse_too_long(prompt_tokens: int, new_tokens: int, student: Student, new_key: str, prompt_key: str) -> int:
-    """Length of the longest prompt with its completion; refused where the student has no positions for it."""
-    longest = prompt_tokens + new_tokens
-    if student.max_tokens and longest > student.max_tokens:
-        raise ValueError(
-            f"the longest prompt and {new_key} make {longest} tokens, the student has positions for "
-            f"{student.max_tokens}; lower {new_key} or set {prompt_key}"
-        )
-    return longest

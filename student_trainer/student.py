@@ -207,6 +207,23 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
+def room_for(prompt_tokens: int, new_tokens: int, student: Student, new_key: str, prompt_key: str) -> int:
+    """Length of the longest prompt with its completion.
+
+    Args:
+        new_key, prompt_key: the options that say how long each may be.
+    Raises:
+        ValueError: the student has no positions for it.
+    """
+    longest = prompt_tokens + new_tokens
+    if student.max_tokens and longest > student.max_tokens:
+        raise ValueError(
+            f"the longest prompt and {new_key} make {longest} tokens, the student has positions for "
+            f"{student.max_tokens}; lower {new_key} or set {prompt_key}"
+        )
+    return longest
+
+
 def parameter_count(student: Student) -> int:
     return sum(p.numel() for p in student.model.parameters())
 

@@ -22,7 +22,8 @@ TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab", "c
 
 TAKERS: dict[str, tuple[TrackerName, ...]] = {
     "project": ("wandb", "trackio", "mlflow", "swanlab", "comet_ml", "clearml"),
-    "run_name": ("wandb", "aim"),
+    "run_name": ("wandb", "trackio", "mlflow", "aim"),
+    "logging_dir": ("tensorboard", "wandb", "aim"),
     "wandb_mode": ("wandb",),
 }
 """Which trackers an option reaches."""
@@ -34,9 +35,13 @@ class TrackingConfig(Section):
     project: str = "preceptor"
     """Project name, for the trackers that have projects: wandb, trackio, mlflow, swanlab, comet_ml, clearml."""
     run_name: str = ""
-    """For wandb and aim. Empty: the name of the output directory."""
+    """For wandb, trackio, mlflow and aim, and of the directory in logging_dir. Empty: the name of the output
+    directory."""
+    logging_dir: str = ""
+    """Where tensorboard, wandb and aim write, each run into a directory of its name. Empty: into the output
+    directory."""
     wandb_mode: Literal["online", "offline", "disabled"] = "offline"
-    """W&B only."""
+    """W&B only. offline writes files that `wandb sync` sends later."""
     log_every: int = Field(1, ge=1)
     """Steps between lines of metrics."""
     samples_every: int = Field(10, ge=0)
@@ -45,6 +50,8 @@ class TrackingConfig(Section):
     @model_validator(mode="after")
     def _nothing_idle(self) -> Self:
         for name, takers in TAKERS.items():
+            if name == "run_name" and self.logging_dir:
+                continue
             value, default = getattr(self, name), type(self).model_fields[name].default
             if value != default and not set(takers) & set(self.trackers):
                 raise ValueError(
@@ -96,7 +103,7 @@ class Tracker:
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
         for tracker in self._trackers:
-            tracker.log(metrics, step=step)
+            tracker.log({name: value for name, value in finite.items() if value is not None}, step=step)
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -130,18 +137,38 @@ def _start(name: str, run_dir: Path, config: TrackingConfig, resolved_config: di
     PartialState()  # the trackers ask it which rank is the main one
     cls = LOGGER_TYPE_TO_CLASS[name]
     run_name = config.run_name or run_dir.resolve().name
+    folder = Path(config.logging_dir) / run_name if config.logging_dir else run_dir
+    if name in TAKERS["logging_dir"]:
+        folder.mkdir(parents=True, exist_ok=True)
     if name == "tensorboard":
         # It can't take events back: a mark in the new file has its readers drop those from purge_step on.
-        tracker = cls(".", logging_dir=str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        tracker = cls(".", logging_dir=str(folder / "tensorboard"), purge_step=resumed_step + 1)
     elif name == "wandb":
-        tracker = cls(config.project, name=run_name, mode=config.wandb_mode, dir=str(run_dir))
+        tracker = cls(config.project, name=run_name, mode=config.wandb_mode, dir=str(folder))
+    elif name == "trackio":
+        tracker = cls(config.project, name=run_name)
+    elif name == "mlflow":
+        tracker = cls(config.project, run_name=run_name)
     elif cls.requires_logging_directory:
-        tracker = cls(run_name, logging_dir=str(run_dir))
+        tracker = cls(run_name, logging_dir=str(folder))
     else:
         tracker = cls(config.project)
     tracker.start()
     if name == "tensorboard":  # its hparams plugin takes flat scalars only; text shows the whole configuration
         tracker.writer.add_text("config", f"```json\n{json.dumps(resolved_config, indent=1)}\n```")
+    elif name == "mlflow":  # its parameters are text
+        tracker.store_init_configuration(_flat(resolved_config))
     else:
         tracker.store_init_configuration(resolved_config)
     return tracker
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
