@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -279,3 +280,23 @@ def test_killed_while_saving_leaves_only_whole_checkpoints(tmp_path: Path) -> No
         latest = checkpoint.find_latest(run_dir)
         assert latest is not None
         assert json.loads((latest / "manifest.json").read_text())["step"] == 1
+
+
+def test_no_code_is_loaded(tmp_path: Path) -> None:
+    """T8: nothing in a checkpoint is a pickle, and no module could read one or run the code of a checkpoint."""
+    path = save(tmp_path, 1, *SAVED)
+    checkpoint.export(tmp_path / "final", model=SAVED[0], tokenizer=tiny_tokenizer(), card="# card\n")
+    files = [file for root in (path, tmp_path / "final") for file in root.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".jinja", ".md"}
+    for file in files:
+        assert file.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"), file
+    for package in ("student_trainer", "teacher_api", "teacher_server"):
+        for source in Path(package).rglob("*.py"):
+            for node in ast.walk(ast.parse(source.read_text())):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                    assert not {name.split(".")[0] for name in names} & {"pickle", "dill", "joblib", "shelve"}, source
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                    assert not (node.func.attr == "load" and ast.unparse(node.func.value) == "torch"), source
+                if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                    assert ast.unparse(node.value) == "False", source
