@@ -81,7 +81,10 @@ def evaluate(student: Student, config: HarnessConfig, seed: int, dist: Distribut
     if config.apply_chat_template and not getattr(student.tokenizer, "chat_template", None):
         raise ValueError("harness.apply_chat_template: got true, but the tokenizer has no chat template")
     with _quiet():
-        manager = TaskManager(include_path=config.include_path or None)
+        # Reading the harness's thousands of task files takes seconds; one's own may be all that is asked for.
+        manager = TaskManager(include_path=config.include_path, include_defaults=False) if config.include_path else None
+        if manager is None or not set(config.tasks) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=config.include_path or None)
         unknown = [name for name in config.tasks if name not in manager.all_tasks]
         if unknown:
             raise ValueError(

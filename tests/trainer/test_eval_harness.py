@@ -119,7 +119,11 @@ def test_two_processes_share_the_questions_and_find_the_same(place: Path, found:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--tasks", "animls"], "got animls, expected names of lm-evaluation-harness or of tasks in"),
+        pytest.param(
+            ["--tasks", "animls"],
+            "got animls, expected names of lm-evaluation-harness or of tasks in",
+            marks=pytest.mark.long,  # reads all the harness's task files
+        ),
         (["harness.apply_chat_template=true"], "the tokenizer has no chat template"),
         (["--include-path", "nowhere"], "harness.include_path: got 'nowhere', expected a directory"),
     ],

@@ -64,6 +64,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))},
         "HOME": str(place),
+        "PYTHONPATH": os.getcwd(),
         "TRACKIO_DIR": str(place / "trackio"),
         "MLFLOW_TRACKING_URI": f"file:{place / 'mlflow'}",
         "MLFLOW_ALLOW_FILE_STORE": "true",
@@ -79,7 +80,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return place, json.loads(done.stdout.splitlines()[-1])
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return place, json.loads(line)
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
