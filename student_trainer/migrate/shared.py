@@ -1,0 +1,84 @@
+"""Conversions that several systems' tables need."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from student_trainer.migrate.base import Migration
+
+DTYPES = {
+    "bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32",
+    "fp16": "bfloat16", "float16": "bfloat16",
+}  # fmt: skip
+PRESETS = {
+    "math_cl": "math-cl", "math-cl": "math-cl", "pe-nlp/math-cl": "math-cl", "tulu3": "tulu3", "deepmath": "deepmath",
+    "gsm8k": "gsm8k", "allenai/tulu-3-sft-mixture": "tulu3", "zwhe99/DeepMath-103K": "deepmath",
+    "openai/gsm8k": "gsm8k", "HuggingFaceFW/fineweb-edu": "fineweb-edu",
+}  # fmt: skip
+TRACKERS = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "trackio": "trackio",
+}
+PROMPT_LENGTHS = "over-long inputs are left out and counted, never cut"
+
+
+def truth(value: Any) -> bool:
+    """Of a YAML value or an option's text.
+
+    Raises:
+        ValueError: it is neither true nor false.
+    """
+    if isinstance(value, str) and value.lower() in ("true", "yes", "1", ""):
+        return True
+    if isinstance(value, str) and value.lower() in ("false", "no", "0", "none"):
+        return False
+    if isinstance(value, bool | int):
+        return bool(value)
+    raise ValueError(f"got {value!r}, expected true or false")
+
+
+def number(value: Any) -> float | int:
+    found = float(value)
+    return int(found) if found.is_integer() and not re.search(r"[.e]", str(value)) else found
+
+
+def integer(value: Any) -> int:
+    found = float(value)
+    if not found.is_integer():
+        raise ValueError(f"got {value!r}, expected a whole number")
+    return int(found)
+
+
+def dataset(migration: Migration, key: str, value: Any) -> None:
+    """A dataset by name: a preset of ours, a hub id, or a file."""
+    name = str(value)
+    preset = PRESETS.get(name) or PRESETS.get(name.lower())
+    if preset:
+        migration.set("data.preset", preset)
+    elif "/" in name or "." in name:
+        migration.set("data.source", name)
+    else:
+        migration.leave(key, value, "no dataset of that name here: set data.source to its hub id or file")
+
+
+def track(migration: Migration, tracker: str) -> None:
+    known = migration.settings.setdefault("tracking.trackers", [])
+    if tracker not in known:
+        known.append(tracker)
+
+
+def serve(migration: Migration, argument: str) -> None:
+    """One more argument of the teacher's own process."""
+    known = migration.settings.setdefault("teacher.serve_args", [])
+    if argument not in known:
+        known.append(argument)
+
+
+def only_for(migration: Migration, key: str, needed: str, allowed: tuple[Any, ...], why: str) -> None:
+    """Drops one of our keys that another of our settings leaves without effect."""
+    if key in migration.settings and migration.settings.get(needed) not in allowed:
+        migration.leave(key, migration.drop(key), why)

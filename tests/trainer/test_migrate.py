@@ -1,0 +1,353 @@
+"""`student-migrate` on what users of the other systems have: files and commands in, a configuration that reads out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from student_trainer.config import TrainConfig
+from student_trainer.losses import registry
+from student_trainer.migrate import cli, hybrid, local_script, nemo_rl, references, roll
+from student_trainer.migrate.base import MigrationError, flat
+from teacher_api import settings_text
+
+DOCS = Path(__file__).parents[2] / "docs" / "migration.md"
+NEMO = """
+distillation:
+  lambda_: 0.5
+  kl_type: forward
+  generate_strategy: {max_length: 2048, temperature: 0.1, decoding_method: greedy}
+  teacher_model_path: org/teacher-32B
+  max_steps: 1000
+  eval_steps: 100
+  save_steps: 500
+  logging_steps: 10
+policy:
+  model_name: org/student-1.5B
+  max_total_sequence_length: 4096
+  train_micro_batch_size: 2
+  dynamic_batching:
+    train_mb_tokens: "${mul:${..max_total_sequence_length}, ${..train_micro_batch_size}}"
+  sequence_packing: {enabled: true}
+  dtensor_cfg: {enabled: true, tensor_parallel_size: 2, activation_checkpointing: true}
+  optimizer: {name: torch.optim.AdamW, kwargs: {lr: 2.0e-5, betas: [0.9, 0.999]}}
+  scheduler:
+    - {name: torch.optim.lr_scheduler.LinearLR, kwargs: {start_factor: 0.1, end_factor: 1.0, total_iters: 10}}
+    - {name: torch.optim.lr_scheduler.ConstantLR, kwargs: {factor: 1.0}}
+    - milestones: [10]
+  generation: {backend: megatron, colocated: {enabled: true}}
+data: {dataset_name: math_cl}
+logger: {wandb_enabled: true, wandb: {project: distil, name: "${policy.model_name}-run"}}
+checkpointing: {keep_top_k: 3, metric_name: "val:accuracy", higher_is_better: true}
+cluster: {gpus_per_node: 8, num_nodes: 1}
+"""
+ROLL = """
+exp_name: distill
+seed: 42
+output_dir: ./output
+save_steps: 100
+resume_from_checkpoint: false
+student_pretrain: org/student-7B
+teacher_pretrain: org/teacher-14B
+logits_topk: 0
+distill_loss_weight: 0.85
+kd_objective: skewed_reverse_kl
+skew_lambda: 0.2
+adaptive_kl_alpha: 0.4
+kd_temperature: 2.0
+teacher_temperature: 3.0
+distill_on_prompt: true
+sequence_length: 2048
+question_key: question_zh
+answer_key: answer_zh
+student:
+  model_args: {dtype: bf16, disable_gradient_checkpointing: false}
+  training_args:
+    {learning_rate: 2.0e-5, lr_scheduler_type: cosine, per_device_train_batch_size: 8, gradient_accumulation_steps: 4,
+     num_train_epochs: 1, warmup_steps: 5}
+  data_args: {template: qwen2_5, file_name: [data/one.json]}
+  strategy_args:
+    strategy_config: {tensor_model_parallel_size: 2, use_distributed_optimizer: true}
+  use_sequence_packing: true
+  device_mapping: list(range(0,8))
+teacher:
+  strategy_args: {strategy_config: {tensor_model_parallel_size: 4}}
+  device_mapping: list(range(8,12))
+track_with: tensorboard
+"""
+LOCAL = r"""
+# two GPUs
+accelerate launch --config_file some/config.yaml --num_processes 2 \
+  -m local_distill.train_on_policy_local \
+  --student_model org/student --teacher_model org/teacher --dataset tulu3 \
+  --batch_size 256 --group_size 4 --grad_accum 8 --max_new_tokens 512 --steps 7 --learning_rate 1e-4 \
+  --kl_coef 0.5 --kl_discount 0.9 --use_lora --lora_r 96 --lora_alpha 48 \
+  --dtype bf16 --save_every 200 --wandb_project p --wandb_name n --wandb_mode offline --teacher_ds_zero3
+"""
+HYBRID = r"""
+nohup setsid env WANDB_API_KEY='abc123' WANDB_MODE=offline CUDA_VISIBLE_DEVICES=0,1,2,3,4 NCCL_ALGO=Ring \
+torchrun --standalone --nproc_per_node=4 --master_port=29543 \
+  somewhere/train_gpus.py --dtype bfloat16 --layers 14 16 17 30 --batch_size 2 --grad_accumulation_steps 3 \
+  --ce_weight 1.0 --kl_weight 0.1 --temperature 2.0 --epochs 1 --max_steps 1000 --seq_length 512 \
+  --freeze_mlp --freeze_replaced_layers --no_dataset_streaming --local_files_only --save_interval 100 \
+  --wandb --wandb_project llamba --wandb_run_name one --output_dir out > logs/train.log 2>&1 &
+"""
+
+
+def migrated(given: str, tmp_path: Path, suffix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Flat settings as they are read back from what is written, and the lines for a person."""
+    if suffix:
+        path = tmp_path / f"theirs{suffix}"
+        path.write_text(given)
+        given = str(path)
+    migration = cli.migrate(given)
+    return flat(yaml.safe_load(cli.as_yaml(migration)) or {}), cli.notes(migration)
+
+
+def test_nemo_rl_file(tmp_path: Path) -> None:
+    found, notes = migrated(NEMO, tmp_path, ".yaml")
+    expected = {
+        "data.on_policy_fraction": 0.5,
+        "data.preset": "math-cl",
+        "data.max_prompt_tokens": 4096,
+        "loss.objective": "forward_kl",
+        "rollout.max_new_tokens": 2048,
+        "rollout.greedy": True,
+        "teacher.model": "org/teacher-32B",
+        "student.model": "org/student-1.5B",
+        "student.gradient_checkpointing": True,
+        "train.steps": 1000,
+        "train.micro_batch_tokens": 8192,
+        "train.packing": "on",
+        "train.strategy": "fsdp2",
+        "train.num_processes": 8,
+        "eval.every": 100,
+        "checkpoint.save_every": 500,
+        "checkpoint.keep_top_k": 3,
+        "checkpoint.metric": "eval_accuracy",
+        "checkpoint.mode": "max",
+        "tracking.log_every": 10,
+        "tracking.trackers": ["wandb"],
+        "tracking.project": "distil",
+        "tracking.run_name": "org/student-1.5B-run",
+        "optim.learning_rate": 2e-5,
+        "optim.betas": [0.9, 0.999],
+        "optim.warmup_steps": 10,
+    }
+    assert {key: found.get(key) for key in expected} == expected
+    assert "rollout.temperature" not in found
+    assert any("rollout.temperature = 0.1" in line for line in notes)  # nothing is dropped in silence
+    assert any("policy.dtensor_cfg.tensor_parallel_size = 2" in line for line in notes)
+
+
+def test_nemo_rl_command_with_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(NEMO)
+    overrides = "distillation.lambda_=0.7 distillation.kl_type=reverse"
+    command = f"uv run python examples/run_distillation.py \
+ --config {file} \
+ {overrides}"
+    found, _ = migrated(command, tmp_path)
+    assert (found["data.on_policy_fraction"], found["loss.objective"]) == (0.7, "reverse_kl")
+    assert found["train.steps"] == 1000
+    found, notes = migrated("uv run x/run_distillation.py --config no/such.yaml distillation.kl_type=mixed", tmp_path)
+    assert found == {"loss.objective": "mixed_kl"}
+    assert any("no/such.yaml" in line and "not found" in line for line in notes)
+
+
+def test_roll_file(tmp_path: Path) -> None:
+    found, notes = migrated(ROLL, tmp_path, ".yaml")
+    expected = {
+        "train.seed": 42,
+        "train.output_dir": "./output/distill",
+        "train.batch_size": 8 * 4 * (8 // 2),
+        "train.micro_batch_size": 8,
+        "train.num_processes": 8,
+        "train.epochs": 1,
+        "train.strategy": "ddp_sharded",
+        "train.packing": "on",
+        "checkpoint.save_every": 100,
+        "checkpoint.resume": "never",
+        "student.model": "org/student-7B",
+        "student.dtype": "bfloat16",
+        "student.gradient_checkpointing": True,
+        "teacher.model": "org/teacher-14B",
+        "teacher.top_k": "all",
+        "teacher.visible_devices": "8,9,10,11",
+        "teacher.serve_args": ["--backend=vllm", "--tensor-parallel-size=4"],
+        "loss.objective": "skewed_reverse_kl",
+        "loss.skew_lambda": 0.2,
+        "loss.distill_weight": 0.85,
+        "loss.student_temperature": 2.0,
+        "loss.teacher_temperature": 3.0,
+        "loss.on_prompt": True,
+        "optim.schedule": "cosine",
+        "optim.warmup_steps": 5,
+        "data.source": "data/one.json",
+        "data.question_key": "question_zh",
+        "data.answer_key": "answer_zh",
+        "data.on_policy_fraction": 0.0,
+        "data.overlong": "drop",
+        "tracking.trackers": ["tensorboard"],
+    }
+    assert {key: found.get(key) for key in expected} == expected
+    assert "loss.adaptive_alpha" not in found  # it belongs to another objective
+    assert any("student.strategy_args.strategy_config.tensor_model_parallel_size = 2" in line for line in notes)
+
+
+def test_roll_script_with_variables(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "name.yaml").write_text(ROLL)
+    script = tmp_path / "run.sh"
+    script.write_text(
+        f'#!/bin/bash\nCONFIG_NAME="name"  # a comment\nCONFIG_PATH="{tmp_path}/folder"\n\n'
+        "python examples/start_distill_pipeline.py \\\n"
+        "  --config_path $CONFIG_PATH \\\n  --config_name ${CONFIG_NAME} \\\n"
+        '  "$@"\n'
+    )
+    found, _ = migrated(str(script), tmp_path)
+    assert found["student.model"] == "org/student-7B"
+
+
+def test_local_script_command(tmp_path: Path) -> None:
+    found, notes = migrated(LOCAL, tmp_path)
+    assert found == {
+        "student.model": "org/student",
+        "student.dtype": "bfloat16",
+        "student.lora.r": 96,
+        "student.lora.alpha": 48,
+        "teacher.model": "org/teacher",
+        "teacher.serve_args": ["--backend=vllm"],
+        "data.preset": "tulu3",
+        "train.batch_size": 256,
+        "train.steps": 7,
+        "train.num_processes": 2,
+        "rollout.group_size": 4,
+        "rollout.max_new_tokens": 512,
+        "loss.objective": "policy_gradient",
+        "loss.kl_coef": 0.5,
+        "loss.kl_discount": 0.9,
+        "optim.learning_rate": 1e-4,
+        "checkpoint.save_every": 200,
+        "tracking.trackers": ["wandb"],
+        "tracking.project": "p",
+        "tracking.run_name": "n",
+        "tracking.wandb_mode": "offline",
+    }
+    assert any("teacher_ds_zero3" in line for line in notes)
+
+
+def test_hybrid_command(tmp_path: Path) -> None:
+    found, notes = migrated(HYBRID, tmp_path)
+    expected = {
+        "student.dtype": "bfloat16",
+        "student.layers_from_teacher": [14, 16, 17, 30],
+        "student.graft_from": "TEACHER_MODEL",
+        "student.freeze": ["mlp", "replaced_layers"],
+        "teacher.model": "TEACHER_MODEL",
+        "teacher.visible_devices": "4",
+        "loss.objective": "forward_kl",
+        "loss.ce_weight": 1.0,
+        "loss.kl_weight": 0.1,
+        "loss.student_temperature": 2.0,
+        "loss.teacher_temperature": 2.0,
+        "loss.scale_by_t2": True,
+        "data.preset": "fineweb-edu",
+        "data.seq_length": 512,
+        "data.local_files_only": True,
+        "train.batch_size": 2 * 3 * 4,
+        "train.num_processes": 4,
+        "train.strategy": "ddp_sharded",
+        "train.steps": 1000,
+        "optim.schedule": "wsd",
+        "tracking.wandb_mode": "offline",
+    }
+    assert {key: found.get(key) for key in expected} == expected
+    assert "data.streaming" not in found
+    text = "\n".join(notes)
+    assert "abc123" not in text  # a key is not repeated
+    assert "NCCL_ALGO" in text
+    assert "TEACHER_MODEL" in text
+
+
+def test_evaluation_command_names_ours() -> None:
+    migration = cli.migrate(
+        "CUDA_VISIBLE_DEVICES=7 python x/eval_mmlu_hybrid.py --dtype bfloat16 --layers 1 2 --ckpt out"
+    )
+    assert not migration.settings
+    assert "student-eval --model out/final --dtype bfloat16 --tasks mmlu" in "\n".join(cli.notes(migration))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("no/such/file.yaml", "no such file"),
+        ("pip install -r requirements.txt", "'pip' is no program that is known here"),
+        ("echo hello", "no command that starts a program"),
+        ("python x.py 'unbalanced", "can't read the command"),
+    ],
+)
+def test_what_is_no_systems_is_refused(given: str, says: str) -> None:
+    with pytest.raises(MigrationError, match=re.escape(says)):
+        cli.migrate(given)
+
+
+def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "other.yaml"
+    file.write_text("services: {web: {image: x}}\n")
+    with pytest.raises(MigrationError, match="services"):
+        cli.migrate(str(file))
+
+
+def test_unknown_keys_and_values_are_named(tmp_path: Path) -> None:
+    found, notes = migrated("distillation: {kl_type: sideways, invented: 3}\n", tmp_path, ".yaml")
+    assert found == {}
+    assert any("distillation.kl_type = 'sideways'" in line for line in notes)
+    assert any("distillation.invented = 3" in line for line in notes)
+
+
+def test_references_resolve() -> None:
+    tree = {
+        "a": {"b": 3, "c": "${a.b}", "d": "${.b}", "e": {"f": "${..b}", "g": "${mul:${a.b}, 2}"}},
+        "h": "x-${a.b}-${no.such}",
+    }
+    found = references.resolved(tree)
+    assert found["a"] == {"b": 3, "c": 3, "d": 3, "e": {"f": 3, "g": 6}}
+    assert found["h"] == "x-3-${no.such}"
+
+
+@pytest.mark.parametrize("module", [nemo_rl, roll, local_script, hybrid], ids=lambda module: module.NAME)
+def test_every_key_of_ours_in_a_table_exists(module: Any) -> None:
+    sections = {registry.get(name).config_class for name in registry.names()}
+    losses = {key for section in sections for key in section.model_fields}
+    for theirs, rule in module.TABLE.items():
+        for key in re.findall(r"`([\w.]+)`", rule.ours):
+            section, _, name = key.partition(".")
+            if section == "loss":
+                assert name in losses, (theirs, key)
+            else:
+                settings_text.field_at(TrainConfig, tuple(key.split(".")))  # raises where there is none
+
+
+def test_the_docs_show_the_tables() -> None:
+    assert cli.tables() in DOCS.read_text()
+
+
+def test_command_line(tmp_path: Path) -> None:
+    output = tmp_path / "ours.yaml"
+    code = "from student_trainer.migrate.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, LOCAL, "-o", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Not carried over: teacher_ds_zero3" in done.stderr
+    written = output.read_text()
+    assert yaml.safe_load(written)["loss"] == {"objective": "policy_gradient", "kl_coef": 0.5, "kl_discount": 0.9}
+    TrainConfig.model_validate(yaml.safe_load(written))
+    refused = subprocess.run([sys.executable, "-c", code, "ls -l"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
