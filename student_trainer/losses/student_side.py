@@ -30,8 +30,8 @@ from teacher_api.types import LOGPROB_FLOOR
 REMOVED = -1e30
 """Stands for log 0 inside a logsumexp. Finite, because the gradient through a row of nothing but -inf is NaN; so far
 below LOGPROB_FLOOR that the floor's clamp ends its gradient."""
-BLOCK_BYTES = {"cpu": 4 * 2**20}
-"""Logits worked on at a time: what the passes over the vocabulary read again is then still in a CPU's cache."""
+BLOCK_BYTES = {"cpu": 2**20}
+"""Logits worked on at a time: what the passes over the vocabulary read again is then still in a CPU's own cache."""
 DEVICE_BLOCK_BYTES = 64 * 2**20
 """The same on other devices, where few large kernels are better; it bounds the extra memory."""
 
@@ -256,7 +256,7 @@ def _dense(inputs: LossInputs, temperature: float) -> tuple[Tensor, Tensor, Tens
 
 
 def _blocks(logits_NW: Tensor) -> Iterator[slice]:
-    """Consecutive rows, a few megabytes at a time."""
+    """Consecutive rows, as many as BLOCK_BYTES says; at least one."""
     size = BLOCK_BYTES.get(logits_NW.device.type, DEVICE_BLOCK_BYTES)
     step = max(1, size // max(1, logits_NW.shape[1] * logits_NW.element_size()))
     for start in range(0, len(logits_NW), step):
