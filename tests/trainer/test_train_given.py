@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from onestep import CPU, V, bare_run, gradients, relative, scored_samples
 from pydantic import ValidationError
 from tinymodels import save_tiny, tiny_model
 
+from student_trainer import metrics
 from student_trainer.config import StudentConfig
 from student_trainer.losses import build, parse_loss
 from student_trainer.losses.rows import loss_rows
@@ -168,6 +172,69 @@ def test_later_updates_of_a_step_see_stale_samples_and_weigh_them(checkpoint, ro
     assert figures[-1]["staleness_clipped"] > 0
     assert figures[-1]["skipped_tokens"] == pytest.approx(figures[-1]["ratio_masked"] * 29) != 0
     assert figures[-1]["rollout_gap"] > figures[0]["rollout_gap"]
+
+
+class Ranks:
+    """Collectives of threads that stand for ranks."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self._barrier, self._parts = world, threading.Barrier(world), [np.zeros(0)] * world
+
+    def member(self, rank: int) -> Any:
+        def all_reduce_sum(local: Any) -> np.ndarray:
+            self._parts[rank] = np.asarray(local, dtype=np.float64)
+            self._barrier.wait(60)
+            total = np.sum(self._parts, axis=0)
+            self._barrier.wait(60)
+            return total
+
+        return SimpleNamespace(all_reduce_sum=all_reduce_sum, world=self.world, rank=rank, is_main=rank == 0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"on_prompt": True, "distill_weight": 0.3, "normalise": "sequence", "support": "teacher"},
+        {"objective": "policy_gradient", "center": "group", "kl_discount": 0.9, "ce_weight": 0.5, "staleness": "prefix",
+         "ratio_bounds": [0.2, 5.0]},
+        {"objective": "k3", "behaviour": "weight", "ce_weight": 0.5},
+    ],
+    ids=lambda loss: loss.get("objective", "reverse_kl"),
+)  # fmt: skip
+def test_ranks_change_neither_gradient_nor_metrics(loss, checkpoint, rollouts):
+    """Three ranks, one of them without samples; samples, prompts and fixed data, stale and tempered."""
+    sections = {
+        "loss": loss, "data": {"source": "unused", "on_policy_fraction": 0.5, "mix": "sample"},
+        "rollout": {"temperature": 0.8}, "train": {"updates": 2, "micro_batch_size": 2},
+    }  # fmt: skip
+    noise = np.random.default_rng(0)
+    taken = []
+    for r in rollouts:
+        moved = r.behaviour_logprob + noise.normal(scale=0.3, size=r.num_tokens).astype(np.float32)
+        r = dataclasses.replace(r, behaviour_logprob=moved)
+        taken.append(scored(with_prompt(r) if loss.get("on_prompt") else r))
+    alone = bare_run(checkpoint, **sections)
+    tokens, sums, _ = accumulate(alone, taken)
+    ranks = Ranks(3)
+    runs = [bare_run(checkpoint, ranks.member(rank), **sections) for rank in range(3)]
+    shares = [taken[::2], taken[1::2], []]
+    with ThreadPoolExecutor(3) as pool:
+        parts = list(pool.map(accumulate, runs, shares))
+    together: dict[str, float] = {}
+    for counted, part, trouble in parts:
+        assert (counted, trouble) == (tokens, "")
+        metrics.add(together, part)
+    assert relative(sum(gradients_or_zero(run) for run in runs), gradients(alone)) < 1e-6
+    figures, expected = metrics.means(together), metrics.means(sums)
+    assert together["loss"] == pytest.approx(sums["loss"], rel=1e-6)
+    assert figures.keys() == expected.keys() >= {"staleness_ess", "behaviour_ess", "cross_entropy", "distillation"}
+    assert figures == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def gradients_or_zero(run: Any) -> torch.Tensor:
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in run.student.model.parameters()]
+    ).double()
 
 
 def test_skipped_tokens_are_all_that_had_no_part_in_the_loss(checkpoint):
