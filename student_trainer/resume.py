@@ -124,6 +124,11 @@ def go_on_with_prompts(start: Start, config: TrainConfig, prompts: Prompts) -> N
         raise ResumeError(f"{error}; {cure}") from error
 
 
+def prompts_state(prompts: Prompts, place: int, seed: int) -> dict[str, Any]:
+    """What a checkpoint keeps of its prompts: what the resumed run is held to, and where in a stream it goes on."""
+    return {"count": prompts.num_prompts, "digest": prompts.digest(), "state": prompts.state(place, seed)}
+
+
 def _number_of(count: int | None) -> str:
     return "a stream of" if count is None else str(count)
 

@@ -13,6 +13,7 @@ from typing import IO, Any
 from student_trainer import (
     checkpoint,
     evaluation,
+    fits,
     guards,
     hub,
     metrics,
@@ -34,7 +35,7 @@ from student_trainer.optim import Optimizer, StateSource
 from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.choose import choose
 from student_trainer.rollout.torch_sampler import TorchSampler
-from student_trainer.student import Student, room_for
+from student_trainer.student import Student
 from student_trainer.teachers import privileged
 from student_trainer.teachers.config import prefix
 from student_trainer.teachers.panel import Panel, connect
@@ -216,7 +217,9 @@ class Run:
             "figures": {k: v for k, v in self.figures.items() if metrics.finite(v) and "seconds" not in k},
             "teacher_fingerprints": self.scorer.fingerprints,
             "past": self.past.state(),
-            "prompts": self._prompts_state(),
+            "prompts": resume.prompts_state(
+                self.prompts, self.step * self.config.train.batch_size, self.config.train.seed
+            ),
             "world": self.dist.world,
         }
         checkpoint.save(
@@ -245,15 +248,6 @@ class Run:
         except guards.RESUMABLE:
             self.checkpoint()
             raise
-
-    def _prompts_state(self) -> dict[str, Any]:
-        """What a resumed run is held to, and where in a stream it goes on."""
-        train = self.config.train
-        return {
-            "count": self.prompts.num_prompts,
-            "digest": self.prompts.digest(),
-            "state": self.prompts.state(self.step * train.batch_size, train.seed),
-        }
 
     def finish(self) -> None:
         """The final student, as a directory that plain transformers loads; its adapters and its average, too, in
@@ -328,20 +322,20 @@ def prepare(
         config = steps_of_epochs(config, prompts.num_prompts or 0)
     start = start or resume.find_start(config)
     resume.go_on_with_prompts(start, config, prompts)
-    longest = _longest_tokens(config, student, prompts)
+    longest = fits.longest_tokens(config, student, prompts)
     scorer, warnings = connect(
         config,
         urls,
         objective,
         tokenizer=student.tokenizer,
         longest_tokens=longest,
-        longest_privileged=prompts.longest.teacher_prompt + _longest_completion(config, prompts),
+        longest_privileged=prompts.longest.teacher_prompt + fits.longest_completion(config, prompts),
         began_with=past.held_to(start.state, resume.fingerprints(start)),
     )
     try:
         for name in past.teachers:
             past.note(name, start.step, scorer.fingerprints[name])
-        warnings += [*start.warnings, *_warnings(config, prompts, scorer.needs)]
+        warnings += [*start.warnings, *fits.warnings(config, prompts, scorer.needs)]
         warnings += [student.packing.reason] if student.packing.reason else []
         if start.checkpoint is not None:
             checkpoint.load_model_weights(start.checkpoint, student.model)
@@ -413,52 +407,3 @@ def make_sampler(config: TrainConfig, student: Student, changes: dict[str, Any])
         config=config.rollout.model_copy(update=changes),
         seed=config.train.seed,
     )
-
-
-def _warnings(config: TrainConfig, prompts: Prompts, needs: Needs) -> list[str]:
-    """What is allowed, but should be known."""
-    found = []
-    for name, one in config.all_teachers.items():
-        idle = one.top_k not in (0, type(one).model_fields["top_k"].default)
-        if idle and not needs.top_k and not needs.student_top_k:
-            found.append(
-                f"{prefix(name)}.top_k is {one.top_k}, but {config.loss.objective} asks for the sampled token alone"
-            )
-    dropped = prompts.dropped()
-    for count, limit in ((dropped.prompts, "max_prompt_tokens"), (dropped.answers, "max_answer_tokens")):
-        if count and prompts.num_prompts is not None:
-            found.append(f"{count} prompts are left out for data.{limit}")
-    rollout = config.rollout
-    if rollout.is_truncated:
-        names = [
-            n for n in ("greedy", "top_p", "top_k") if getattr(rollout, n) != type(rollout).model_fields[n].default
-        ]
-        found.append(f"rollout.{', rollout.'.join(names)}: some tokens are never sampled, the estimate is biased")
-    if rollout.temperature != 1.0 and config.loss.behaviour == "none":
-        found.append(
-            f"rollout.temperature is {rollout.temperature}: samples come from another policy than is trained "
-            "(loss.behaviour=weight corrects for it)"
-        )
-    return found
-
-
-def _longest_tokens(config: TrainConfig, student: Student, prompts: Prompts) -> int:
-    """Longest sequence that can come up in training."""
-    longest = prompts.longest
-    if student.max_tokens and longest.sequence > student.max_tokens:
-        key = "data.max_answer_tokens or data.seq_length"
-        raise ValueError(
-            f"the longest prompt with its fixed completion has {longest.sequence} tokens, the student has positions "
-            f"for {student.max_tokens}; lower {key}"
-        )
-    if config.data.on_policy_fraction == 0.0:
-        return longest.sequence
-    new_tokens = config.rollout.max_new_tokens
-    sampled = room_for(longest.prompt, new_tokens, student, "rollout.max_new_tokens", "data.max_prompt_tokens")
-    return max(sampled, longest.sequence)
-
-
-def _longest_completion(config: TrainConfig, prompts: Prompts) -> int:
-    """In tokens, sampled or given."""
-    sampled = config.rollout.max_new_tokens if config.data.on_policy_fraction else 0
-    return max(sampled, prompts.longest.fixed)
