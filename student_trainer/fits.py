@@ -6,9 +6,8 @@ from __future__ import annotations
 
 from student_trainer.config import TrainConfig
 from student_trainer.data import Prompts
-from student_trainer.evaluation import room_for
 from student_trainer.losses.base import Needs
-from student_trainer.student import Student
+from student_trainer.student import Student, room_for
 from student_trainer.teachers.config import prefix
 
 
