@@ -138,10 +138,16 @@ def _wait_all(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Until all have ended or one has failed."""
     while True:
         codes = [child.poll() for child in children]
+        killed = [rank for rank, code in enumerate(codes) if code and code < 0]
+        if killed:  # others may have failed because they lost it
+            number = -(codes[killed[0]] or 0)
+            what = f"process {killed[0]} of {len(children)} was killed by {signal.Signals(number).name}"
+            cure = "the others are stopped; run the same command again to go on from the newest checkpoint"
+            print(f"student-train: {what}; {cure}", file=sys.stderr)
+            return 128 + number
         failed = [code for code in codes if code]
         if failed:
-            killed = [code for code in failed if code < 0]  # others failed because they lost it
-            return 128 - killed[0] if killed else failed[0]
+            return failed[0]
         if all(code == 0 for code in codes):
             return 0
         time.sleep(POLL_S)

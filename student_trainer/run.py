@@ -221,6 +221,7 @@ class Run:
                 self.prompts, self.step * self.config.train.batch_size, self.config.train.seed
             ),
             "world": self.dist.world,
+            "strategy": str(self.strategy),
         }
         checkpoint.save(
             self.run_dir,

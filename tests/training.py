@@ -144,13 +144,30 @@ def finish(process: ForkServerProcess, log: Path, *, timeout_s: float = START_S)
     return process.exitcode
 
 
+def ranks(argv: list[str], world: int, log: Path, **variables: str) -> list[ForkServerProcess]:
+    """`student-train` as `world` processes of one run, as torchrun would start them, with further variables."""
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), **variables}
+    started = []
+    for rank in range(world):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = FORKS.Process(target=_enter, args=(_train, argv, str(log), environment))
+        process.start()
+        started.append(process)
+    return started
+
+
 def _forked(main: Callable[[list[str]], int], argv: list[str], log: Path) -> ForkServerProcess:
     process = FORKS.Process(target=_enter, args=(main, argv, str(log)))
     process.start()
     return process
 
 
-def _enter(main: Callable[[list[str]], int], argv: list[str], log: str) -> None:
+def _enter(
+    main: Callable[[list[str]], int], argv: list[str], log: str, environment: dict[str, str] | None = None
+) -> None:
+    os.environ.update(environment or {})
+    sys.path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -28,6 +28,7 @@ FIXED = {
     "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "checkpoints hold whole weights"),
     "FSDP_AUTO_WRAP_POLICY": ("TRANSFORMER_BASED_WRAP", "one part is one layer"),
     "FSDP_TRANSFORMER_CLS_TO_WRAP": ("none", "the layers are found by themselves"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "every process loads the whole student before it is cut"),
     "FSDP_IGNORED_MODULES": ("none", "all weights are cut"),
 }
 """Variables that may say one thing only, and why."""

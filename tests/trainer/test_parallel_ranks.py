@@ -166,10 +166,10 @@ def _rank(rank: int, world: int, port: int, strategy: str, lopsided: bool, check
 
 
 CASES = [
-    pytest.param("qwen3", "ddp", 2, False, id="ddp"),
-    pytest.param("qwen3", "ddp_sharded", 2, False, id="ddp_sharded"),
+    pytest.param("qwen3", "ddp", 2, False, id="ddp", marks=pytest.mark.long),
+    pytest.param("qwen3", "ddp_sharded", 2, False, id="ddp_sharded", marks=pytest.mark.long),
     pytest.param("qwen3", "fsdp2", 2, False, id="fsdp2-tied"),
-    pytest.param("mixtral", "fsdp2", 2, False, id="fsdp2-experts"),
+    pytest.param("mixtral", "fsdp2", 2, False, id="fsdp2-experts", marks=pytest.mark.long),
     pytest.param("qwen3", "zero2", 2, False, id="zero2", marks=pytest.mark.long),
     pytest.param("llama", "zero3", 2, False, id="zero3"),
     pytest.param("llama", "fsdp2", 4, True, id="fsdp2-four-three-without-tokens"),
