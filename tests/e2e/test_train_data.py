@@ -28,7 +28,7 @@ from training import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import cli
-from teacher_api import generated_file
+from teacher_api import generate, generated_file
 
 # Runs in this process leave gRPC's threads behind; its handlers must not run when a later test starts processes.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
@@ -189,17 +189,34 @@ def test_prompts_go_to_a_teacher_and_its_answers_come_back(argv, place, tmp_path
     (tmp_path / "prompts.jsonl").write_text(capfd.readouterr().out)
     asked = generated_file.read_prompts(tmp_path / "prompts.jsonl", "prompt")
     assert len(asked) == len(PROMPTS)
-    lines = [
-        {"prompt_token_ids": ids, "completions": [{"token_ids": [5, 6 + i, 1], "finish_reason": "stop"}]}
-        for i, ids in enumerate(asked)
-    ]
     written = tmp_path / "written.jsonl"
-    written.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--max-tokens=7", "--seed=1", f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={written}"]
+    with teacher(tmp_path / "writer", place / "teacher", "--generate") as writer:
+        assert generate.main([f"--url={writer.http_url}", *words]) == 0
     settings = ["loss.objective=forward_kl", "teacher.top_k=all", "train.batch_size=9", "--steps=1"]
     fixed = ["data.on_policy_fraction=0", f"data.fixed_source={written}"]
     assert cli.run(argv("written", *settings, *fixed)) == 0
-    pairs: list[Any] = [(ids, [5, 6 + i, 1]) for i, ids in enumerate(asked)]
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert sorted(line["index"] for line in lines) == list(range(len(PROMPTS)))
+    pairs: list[Any] = [(line["prompt_token_ids"], line["completions"][0]["token_ids"]) for line in lines]
     assert metrics(tmp_path / "written")[0]["loss"] == pytest.approx(forward_kl(place, pairs), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "plan"),
+    [
+        (["data.on_policy_fraction=0.5"], "prompts   9 (50% of training on fixed completions)"),
+        (["data.on_policy_fraction=0"], "prompts   9 (100% of training on fixed completions)"),
+        (["data.streaming=true", "data.max_prompt_tokens=16"], "prompts   a stream from"),
+    ],
+)
+def test_a_dry_run_says_what_is_trained_on(settings: list[str], plan: str, argv, capfd) -> None:
+    capfd.readouterr()
+    assert cli.run(argv("dry", *settings, "loss.objective=forward_kl", "--dry-run")) == 0
+    said = capfd.readouterr().out
+    assert plan in said
+    scored = "scored one fixed completion" if settings[0].endswith("=0") else "scored one sequence"
+    assert scored in said
 
 
 def test_epochs_make_the_steps_and_a_run_by_epochs_goes_on(argv, tmp_path, capfd) -> None:
