@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, SecretStr, ValidationError
 
 from student_trainer.config import TrainConfig
+from student_trainer.data.config import PromptConfig
 from student_trainer.data.prompts import load_prompts
 from student_trainer.report import collect, compare, curves, html
 from student_trainer.report.model import Report
@@ -60,13 +61,27 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _problems(train: TrainConfig) -> PromptConfig:
+    """What the two students are compared on: the problems of evaluation, or the training prompts where there are none.
+
+    Raises:
+        ValueError: those are several sources, or text without prompts.
+    """
+    if train.eval.data is not None:
+        return train.eval.data
+    if train.data.domains or train.data.format == "packed_text":
+        got = "several domains" if train.data.domains else "packed text"
+        raise ValueError(f"eval.data: not set, and the run was trained on {got}; expected problems to compare on")
+    return train.data
+
+
 def _write(config: ReportConfig) -> Path:
     run_dir = Path(config.run)
     train = _train_config(run_dir / CONFIG_FILE)
     models = (config.before or train.student.model, config.after or str(run_dir / FINAL))
+    data = _problems(train)
     longest = config.max_new_tokens or train.rollout.max_new_tokens
     checkpoints = [compare.load(model, longest) for model in models]
-    data = train.eval.data or train.data
     prompts = load_prompts(data, checkpoints[0].student.tokenizer, limit=config.num_prompts).all()
     with TeacherClient(config.teacher_url, api_key=config.api_key.get_secret_value() or None) as client:
         info = client.info()

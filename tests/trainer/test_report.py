@@ -412,3 +412,15 @@ def test_the_command_refuses_in_one_line(arguments, says, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert says in error
+
+
+def test_what_a_run_has_no_problems_for_is_named() -> None:
+    def run_of(**data: object) -> TrainConfig:
+        sections = {"student": {"model": "s"}, "teacher": {"url": "grpc://t:1"}, "data": data}
+        return TrainConfig.model_validate(sections)
+
+    assert command._problems(run_of(source="a.jsonl")).source == "a.jsonl"
+    with pytest.raises(ValueError, match=r"eval\.data: not set, and the run was trained on several domains"):
+        command._problems(run_of(domains=[{"name": "a", "source": "a.jsonl"}]))
+    with pytest.raises(ValueError, match=r"eval\.data: not set, and the run was trained on packed text"):
+        command._problems(run_of(preset="fineweb-edu"))
