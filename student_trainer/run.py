@@ -36,7 +36,7 @@ from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.choose import choose
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student
-from student_trainer.teachers import privileged
+from student_trainer.teachers import privileged, refresh
 from student_trainer.teachers.config import prefix
 from student_trainer.teachers.panel import Panel, connect
 from student_trainer.teachers.past import PastTeachers
@@ -160,34 +160,8 @@ class Run:
             self.saved_at = -1
             self.checkpoint()
 
-    def refresh_teachers(self) -> None:
-        """Where a teacher is the student's own past, and a newer one is to teach the next step: that one."""
-        for name in self.past.outdated(self.step):
-            url = ""
-            with self.whole_or_not_at_all():
-                if self.dist.is_main:
-                    url = self.past.refresh(name, self.step)
-            url = self.dist.first(url)
-            with self.whole_or_not_at_all():
-                self.scorer.reconnect(name, url)
-            self.past.note(name, self.step, self.scorer.fingerprints[name])
-            if self.dist.is_main:
-                self.past.prune(checkpoint.steps(self.run_dir))
-            who = f"teacher {name}" if name else "the teacher"
-            self.console.say(
-                f"step {self.step}: {who} is now the student after {self.past.served[name]} steps, fingerprint "
-                f"{self.scorer.fingerprints[name]}"
-            )
-
-    def _keep_for_teachers(self) -> None:
-        """Snapshots of the student that later steps are taught by."""
-        for kind in self.past.kinds_due(self.step):
-            self._export(self.past.path(kind, self.step), averaged=kind == "ema")
-            if self.dist.is_main:
-                self.past.kept(kind, self.step)
-
     def checkpoint_if_due(self) -> None:
-        self._keep_for_teachers()
+        refresh.keep(self)
         every = self.config.checkpoint.save_every
         if (every and self.step % every == 0) or self.step == self.config.train.steps:
             self.checkpoint()
@@ -253,13 +227,13 @@ class Run:
     def finish(self) -> None:
         """The final student, as a directory that plain transformers loads; its adapters and its average, too, in
         others beside it."""
-        self._export(self.run_dir / resume.FINAL, with_card=True)
+        self.export(self.run_dir / resume.FINAL, with_card=True)
         if self.config.optim.ema_decay:
-            self._export(self.run_dir / resume.AVERAGE, averaged=True, with_card=True)
+            self.export(self.run_dir / resume.AVERAGE, averaged=True, with_card=True)
         if self.dist.is_main and self.config.checkpoint.push_to_hub:
             self.console.say(f"uploaded to {hub.push(self.run_dir / resume.FINAL, self.config.checkpoint)}")
 
-    def _export(self, directory: Path, *, averaged: bool = False, with_card: bool = False) -> None:
+    def export(self, directory: Path, *, averaged: bool = False, with_card: bool = False) -> None:
         """The student, or its average, in `directory`; with a card for those who get it, and its adapters beside it."""
         average = averages(self.optimizer.gathered().state()[0]) if averaged else {}
         failure: Exception | None = None

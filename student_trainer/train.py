@@ -15,6 +15,7 @@ from student_trainer.microbatch import divide_by_teacher
 from student_trainer.rollout.given import with_prompt
 from student_trainer.rollout.likely import with_likely_ids
 from student_trainer.run import Run
+from student_trainer.teachers.refresh import refresh
 from student_trainer.types import Metrics, Rollout, ScoredRollout
 
 
@@ -27,7 +28,7 @@ def train(run: Run) -> None:
     """
     run.evaluate_if_due()
     while run.step < run.config.train.steps:
-        run.refresh_teachers()
+        refresh(run)
         clock = metrics.Clock()
         with run.strategy.whole(), run.whole_or_not_at_all():
             rollouts = sample(run)

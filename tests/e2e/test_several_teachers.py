@@ -99,3 +99,16 @@ def test_one_dead_teacher_of_two_ends_in_a_checkpoint_with_its_name_and_another_
     assert "teachers.right: this run began with teacher" in said.splitlines()[-1]
     assert run("parts", *by)[0] == 0
     assert_same_bits(whole / "final", parts / "final")
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp_sharded", marks=pytest.mark.long), "fsdp2"])
+def test_an_average_is_the_same_however_it_is_cut_among_processes(strategy, run) -> None:
+    several = ["teaching.by=sample", "optim.ema_decay=0.5"]
+    assert run("alone", *several)[0] == 0
+    code, cut, said = run("cut", *several, "--num-processes=2", f"train.strategy={strategy}", "--steps=3")
+    assert code == 0, said
+    assert run("cut", *several)[0] == 0  # goes on from the gathered parts, alone
+    for directory in ("final", "ema"):
+        a, b = (weights(d / directory) for d in (cut.with_name("alone"), cut))
+        x, y = (torch.cat([t.reshape(-1) for t in w.values()]).double() for w in (a, b))
+        assert float((x - y).norm() / x.norm()) < 1e-5
