@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tinymodels import save_tiny
 from training import PROMPTS, TeacherProcess, arguments, assert_same_bits, finish, metrics, trainer, wait_until, weights
 
@@ -43,11 +44,22 @@ def served(place) -> Iterator[dict[str, TeacherProcess]]:
 def run(place, served, tmp_path) -> Callable[..., tuple[int, Path, str]]:
     """(exit code, output directory, what it said)."""
 
-    def complete(name: str, *more: str, before: Callable[[Path], None] = lambda _: None) -> tuple[int, Path, str]:
+    def complete(
+        name: str,
+        *more: str,
+        before: Callable[[Path], None] = lambda _: None,
+        with_prompts: bool = True,
+        **urls: str,
+    ) -> tuple[int, Path, str]:
         argv = arguments(tmp_path / name, place / "student", place / "prompts.txt", "")
-        argv = [a for a in argv if not a.startswith(("--teacher-url", "teacher."))]
+        unwanted = ("--teacher-url", "teacher.", *(() if with_prompts else ("--prompts",)))
+        argv = [a for a in argv if not a.startswith(unwanted)]
         for one, process in served.items():
-            argv += [f"teachers.{one}.url={process.url}", f"teachers.{one}.top_k=8", f"teachers.{one}.timeout_s=2"]
+            argv += [
+                f"teachers.{one}.url={urls.get(one, process.url)}",
+                f"teachers.{one}.top_k=8",
+                f"teachers.{one}.timeout_s=2",
+            ]
         log = tmp_path / f"{name}.log"
         process = trainer([*argv, *more], log)
         before(tmp_path / name)
@@ -94,11 +106,38 @@ def test_one_dead_teacher_of_two_ends_in_a_checkpoint_with_its_name_and_another_
     served["right"].start()
     assert code == 75, said
     assert f"no teacher right at {served['right'].url} for" in said.splitlines()[-1]
-    code, _, said = run("parts", *by, f"teachers.right.url={served['left'].url}")
+    code, _, said = run("parts", *by, right=served["left"].url)
     assert code == 2
     assert "teachers.right: this run began with teacher" in said.splitlines()[-1]
     assert run("parts", *by)[0] == 0
     assert_same_bits(whole / "final", parts / "final")
+
+
+def test_each_domain_has_its_teacher_with_a_top_k_of_its_own(run, place, tmp_path) -> None:
+    """One gives 8 ids and the other its whole vocabulary: they never meet in one micro-batch."""
+    (tmp_path / "more.txt").write_text("fox\nlazy dog\n")
+    domains = [
+        {"name": "left", "source": str(place / "prompts.txt")},
+        {"name": "words", "source": f"{tmp_path}/more.txt"},
+    ]
+    config = tmp_path / "domains.yaml"
+    config.write_text(yaml.safe_dump({"data": {"domains": domains}}))
+    more = ["teachers.right.domains=words", "teachers.right.top_k=all", "loss.support=union", f"--config={config}"]
+    code, run_dir, said = run("domains", *more, with_prompts=False)
+    assert code == 0, said
+    lines = metrics(run_dir)
+    assert all(line["left/tokens"] + line["right/tokens"] == line["tokens"] for line in lines)
+    both = [line for line in lines if line["left/tokens"] * line["right/tokens"]]
+    assert both
+    for line in both:
+        share = line["left/tokens"] / line["tokens"]
+        for name in ("delta", "teacher_mass", "student_mass"):
+            mixed = share * line[f"left/{name}"] + (1 - share) * line[f"right/{name}"]
+            assert line[name] == pytest.approx(mixed, rel=1e-5)
+        assert line["right/teacher_mass"] > line["left/teacher_mass"]
+    code, _, said = run("refused", *more, "teachers.right.domains=law", with_prompts=False)
+    assert code == 2
+    assert "teachers.right.domains: the data has no 'law', expected one of left, words" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp_sharded", marks=pytest.mark.long), "fsdp2"])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from serving import serving
 
-from student_trainer import metrics, scoring
+from student_trainer import cli, metrics, scoring
 from student_trainer.config import TrainConfig, differences, experiment
 from student_trainer.microbatch import divide_by_teacher
 from student_trainer.packing import Packing
@@ -244,3 +246,20 @@ def test_new_teachers_are_accepted_all_together() -> None:
     config = read(teachers=TWO).accepting_new_teachers()
     assert all(one.accept_new_teacher for one in config.all_teachers.values())
     assert read(teacher={"url": "grpc://a:1"}).accepting_new_teachers().teacher.accept_new_teacher
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "by", "kinds"),
+    [
+        ("multi-teacher", ["--student=s"], "domain", {"math": "url", "code": "url"}),
+        ("privileged", ["--student=s", "--prompts=p", "--teacher-url=grpc://a:1"], "domain", {"": "url"}),
+        ("self-distillation", ["--student=s", "--prompts=p"], "domain", {"": "ema"}),
+    ],
+)
+def test_the_recipes_are_taken_as_they_stand(recipe, more, by, kinds, capsys) -> None:
+    path = Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml"
+    assert cli.run([f"--config={path}", *more, "--print-config"]) == 0
+    config = TrainConfig.model_validate(yaml.safe_load(capsys.readouterr().out))
+    assert config.teaching.by == by
+    assert {name: one.model or "url" for name, one in config.all_teachers.items()} == kinds
+    assert all(one.is_privileged == (recipe != "multi-teacher") for one in config.all_teachers.values())
