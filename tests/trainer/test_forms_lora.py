@@ -24,6 +24,7 @@ from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student, StudentError, load
 from student_trainer.train import accumulate, learn
 from student_trainer.types import Prompt
+from teacher_server.backends.adapters import read_adapters
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
@@ -76,6 +77,8 @@ def test_adapter_and_merged_weights_compute_what_was_trained(arch: str, tmp_path
     assert "model.safetensors" not in files
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "final-adapter")
     torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
+    if arch == "qwen3":  # what `teacher-serve --lora.mine` reads; it takes no head, and fewer families than peft
+        assert read_adapters({"mine": str(tmp_path / "final-adapter")}, base)["mine"].rank == 4
     ours = load(StudentConfig(model=str(tmp_path / "final-adapter")), CPU)
     torch.testing.assert_close(logits(ours.model), expected, atol=1e-5, rtol=1e-5)
 
