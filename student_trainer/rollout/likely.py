@@ -16,7 +16,6 @@ from student_trainer.rollout.sampling import most_likely
 from student_trainer.rollout.torch_sampler import evaluating
 from student_trainer.student import Student
 from student_trainer.types import Rollout
-from teacher_api import causal_lm
 
 ROWS = 1024
 """Positions whose logits exist at a time."""
@@ -29,21 +28,20 @@ def with_likely_ids(
     where sampling kept them or none are asked for.
 
     Args:
-        student: its plain model is used, so that ranks may differ in what they have to do.
+        student: a plain one (strategy.plain), since ranks differ in what they have to do.
         micro_batch_tokens: most tokens of one forward pass.
     """
     lacking = [i for i, r in enumerate(rollouts) if keep_top_k and r.student_topk_ids is None]
     if not lacking:
         return list(rollouts)
-    plain = dataclasses.replace(student, parts=causal_lm.split(student.model))
     kept = list(rollouts)
     with evaluating(student.model):
         for batch in divide([rollouts[i] for i in lacking], micro_batch_tokens, 0, student.packing):
             members = [lacking[b] for b in batch]
-            hidden_NH = plain.hidden_rows([rollouts[i] for i in members])
+            hidden_NH = student.hidden_rows([rollouts[i] for i in members])
             ids_NK = torch.cat(
                 [
-                    most_likely(plain.head(rows_NH), keep_top_k, vocabulary_size=student.vocabulary_size)
+                    most_likely(student.head(rows_NH), keep_top_k, vocabulary_size=student.vocabulary_size)
                     for rows_NH in torch.split(hidden_NH, ROWS)
                 ]
             ).cpu()
