@@ -46,6 +46,8 @@ class Zero(Sharded):
     def spread(self, student: Student, config: OptimConfig, total_steps: int) -> Student:
         if config.name != "adamw":
             raise ValueError(f"optim.name: got {config.name} with train.strategy {self.name}, expected adamw")
+        if config.ema_decay:
+            raise ValueError(f"optim.ema_decay: got {config.ema_decay} with train.strategy {self.name}, expected 0")
         deepspeed = _import(student.device)
         self.device = student.device
         self.plain = student

@@ -13,6 +13,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from student_trainer.config import TrainConfig
 from student_trainer.distributed import Distributed
+from student_trainer.optim import OptimConfig
 from student_trainer.parallel import choose as choosing
 from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.ddp_sharded import DdpSharded
@@ -134,3 +135,11 @@ def test_offload_without_a_gpu_is_refused(monkeypatch) -> None:
     asked = config(train={"strategy": "fsdp2", "cpu_offload": True})
     with pytest.raises(ValueError, match=r"train\.cpu_offload: got true"):
         choosing.choose(asked, Distributed(0, 2, 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("optim", [{"name": "muon"}, {"ema_decay": 0.9}], ids=str)
+def test_what_deepspeeds_strategies_do_not_do_is_refused(optim: dict[str, Any]) -> None:
+    (key, value) = next(iter(optim.items()))
+    strategy = Zero(Distributed(0, 2, 0, torch.device("cpu")), 2)
+    with pytest.raises(ValueError, match=rf"optim\.{key}: got {value} with train\.strategy zero2"):
+        strategy.spread(None, OptimConfig(**optim), 1)  # type: ignore[arg-type]
