@@ -10,7 +10,7 @@ from student_trainer.migrate.shared import DTYPES, integer, number, track, truth
 
 NAME = "hybrid distillation script"
 PROCESSES = "times accumulated steps and processes: train.batch_size"
-PLACEHOLDER = "TEACHER_MODEL"
+UNNAMED_TEACHER = "TEACHER_MODEL"
 SHELL = "set it in the shell: the trainer's processes inherit it"
 
 
@@ -117,9 +117,9 @@ def finish(migration: Migration) -> None:
             "optim.decay_steps: a tenth of the steps, since the command does not say how long the decay is"
         )
     if "teacher.model" not in settings and "student.layers_from_teacher" in settings:
-        migration.set("teacher.model", PLACEHOLDER)
+        migration.set("teacher.model", UNNAMED_TEACHER)
         migration.remark(
-            f"put the teacher's directory or hub id in place of {PLACEHOLDER}: the command does not name it"
+            f"put the teacher's directory or hub id in place of {UNNAMED_TEACHER}: the command does not name it"
         )
     if "student.layers_from_teacher" in settings:
         migration.set("student.graft_from", settings["teacher.model"])
