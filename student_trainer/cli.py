@@ -212,7 +212,7 @@ def _past_urls(config: TrainConfig, dist: Distributed, past: PastTeachers) -> di
     """URLs of the teachers that are the student's own past, which the main rank serves."""
     import torch
 
-    from student_trainer import checkpoint, guards, resume, student
+    from student_trainer import checkpoint, guards, launch, resume, student
 
     def write_initial(path: Path) -> None:
         fresh = student.load(config.student, torch.device("cpu"), seed=config.train.seed)
@@ -220,6 +220,7 @@ def _past_urls(config: TrainConfig, dist: Distributed, past: PastTeachers) -> di
 
     if not past.teachers:
         return {}
+    launch.expect_children()
     urls: dict[str, str] = {}
     with guards.told_once(dist, _exit_code):
         start = resume.look(config)

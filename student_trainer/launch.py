@@ -24,6 +24,7 @@ from student_trainer.teachers.config import TeacherConfig
 TEACHERS = "PRECEPTOR_TEACHERS"
 """Environment variable by which ranks learn the URLs of the teachers, as JSON, from a launcher that serves some.
 Not an option: their configuration, which they record, stays as the user wrote it."""
+GRPC_FORKS = "GRPC_ENABLE_FORK_SUPPORT"
 POLL_S = 0.1
 STOP_GRACE_S = 40.0
 """From SIGTERM to SIGKILL: a rank may write its checkpoint in this time."""
@@ -44,6 +45,12 @@ def teachers(configs: Mapping[str, TeacherConfig]) -> Iterator[dict[str, str]]:
         }
 
 
+def expect_children() -> None:
+    """For a process that starts children while gRPC is at work; called before that begins. They are other programs at
+    once, and gRPC's handlers of forks would only get in the way."""
+    os.environ.setdefault(GRPC_FORKS, "false")
+
+
 def urls_of_launcher() -> dict[str, str]:
     """What our own launcher told this rank; empty under somebody else's."""
     found: dict[str, str] = json.loads(os.environ.get(TEACHERS, "{}"))
@@ -60,6 +67,7 @@ def local_teacher(config: TeacherConfig, model: str) -> Iterator[str]:
     environment = _environment_of_a_child()
     for name in ("TEACHER_API_KEY", "TEACHER_API_KEYS"):
         environment.pop(name, None)  # of other teachers; the child's is ours
+    environment.pop(GRPC_FORKS, None)
     if config.visible_devices:
         environment["CUDA_VISIBLE_DEVICES"] = config.visible_devices
     with tempfile.TemporaryDirectory(prefix="teacher-") as folder:
