@@ -247,8 +247,8 @@ class _ZeroOptimizer(Optimizer):
         for name, parameter in self._parameters.items():
             for slot in SLOTS:
                 with waiting():
-                    tensors[f"adamw/{name}/{slot}"] = safe_get_full_optimizer_state(parameter, slot)
-            tensors[f"adamw/{name}/step"] = step
+                    tensors[f"adamw/{name}/{slot}"] = safe_get_full_optimizer_state(parameter, slot).clone()
+            tensors[f"adamw/{name}/step"] = step.clone()  # one file does not hold a tensor twice
         return tensors, {"optimizer": self._config.name, "parameters": list(self._parameters)}
 
     def gathered(self) -> StateSource:
