@@ -277,7 +277,6 @@ def prepare(
     Args:
         urls: of the teachers, by name.
         past: those that are the student's own past, served.
-
     Raises:
         ValueError: a family of one-line refusals: student, data, output directory, handshake.
         TeacherGone, TeacherError, CheckpointError: the teacher or the checkpoint can't be used.
@@ -287,16 +286,11 @@ def prepare(
     hub.check(config.checkpoint)
     objective = build(config.loss)
     strategy = choose(config, dist)
-    student = students.load(
-        config.student, dist.device, seed=config.train.seed, checkpoint=_going_on_from(config, start)
-    )
+    goes_on_from = _going_on_from(config, start)
+    student = students.load(config.student, dist.device, seed=config.train.seed, checkpoint=goes_on_from)
     student = packing_check.applied(student, config)
-    views = privileged.views(config.all_teachers, by_domain=config.teaching.by == "domain")
-    prompts = open_prompts(config.data, student.tokenizer, eos_token_ids=student.eos_token_ids, views=views)
-    if config.train.epochs:
-        config = steps_of_epochs(config, prompts.num_prompts or 0)
-    start = start or resume.find_start(config)
-    resume.go_on_with_prompts(start, config, prompts)
+    prompts = _open_prompts(config, student)
+    config, start = _settled(config, start, prompts)
     longest = fits.longest_tokens(config, student, prompts)
     scorer, warnings = connect(
         config,
@@ -310,8 +304,7 @@ def prepare(
     try:
         for name in past.teachers:
             past.note(name, start.step, scorer.fingerprints[name])
-        warnings += [*start.warnings, *fits.warnings(config, prompts, scorer.needs)]
-        warnings += [student.packing.reason] if student.packing.reason else []
+        warnings += [*start.warnings, *fits.warnings(config, prompts, scorer.needs), *_told(student)]
         if start.checkpoint is not None:
             checkpoint.load_model_weights(start.checkpoint, student.model)
         return Run(
@@ -320,39 +313,64 @@ def prepare(
             student=student,
             prompts=prompts,
             mix=Mix(config.data.on_policy_fraction, config.data.mix, config.train.seed),
-            evaluator=evaluation.Evaluator(
-                config,
-                dist,
-                student,
-                evaluation.load_problems(config, student),
-                make_sampler(config, student, evaluation.sampling_changes(config)),
-            ),
+            evaluator=_evaluator(config, dist, student),
             sampler=make_sampler(config, student, {}),
             scorer=scorer,
             past=past,
             objective=objective,
             needs=scorer.needs,
             strategy=strategy,
-            bad_steps=guards.BadSteps(
-                config.train.max_bad_steps,
-                int(start.state.get("bad_steps", 0)),
-                int(start.state.get("total_skipped", 0)),
-            ),
-            alarms=Alarms(config.guards, start.state.get("alarms")),
             stop=stop,
             console=Console(is_main=dist.is_main, total_steps=config.train.steps, first_step=start.step),
-            start=start,
             warnings=warnings,
             longest_tokens=longest,
-            step=start.step,
-            figures=dict(start.state.get("figures", {})),
-            tokens=int(start.state.get("tokens", 0)),
-            evaluated_at=int(start.state.get("evaluated_at", -1)),
-            saved_at=start.step if start.checkpoint else -1,
+            **_counts(config, start),
         )
     except BaseException:
         scorer.close()
         raise
+
+
+def _open_prompts(config: TrainConfig, student: Student) -> Prompts:
+    views = privileged.views(config.all_teachers, by_domain=config.teaching.by == "domain")
+    return open_prompts(config.data, student.tokenizer, eos_token_ids=student.eos_token_ids, views=views)
+
+
+def _settled(config: TrainConfig, start: resume.Start | None, prompts: Prompts) -> tuple[TrainConfig, resume.Start]:
+    """Steps and beginning of the run, which with train.epochs are known only when its prompts are."""
+    if config.train.epochs:
+        config = steps_of_epochs(config, prompts.num_prompts or 0)
+    start = start or resume.find_start(config)
+    resume.go_on_with_prompts(start, config, prompts)
+    return config, start
+
+
+def _evaluator(config: TrainConfig, dist: Distributed, student: Student) -> evaluation.Evaluator:
+    problems = evaluation.load_problems(config, student)
+    sampler = make_sampler(config, student, evaluation.sampling_changes(config))
+    return evaluation.Evaluator(config, dist, student, problems, sampler)
+
+
+def _told(student: Student) -> list[str]:
+    """Why this student is not packed, where it is not."""
+    return [student.packing.reason] if student.packing.reason else []
+
+
+def _counts(config: TrainConfig, start: resume.Start) -> dict[str, Any]:
+    """Where a run begins, and what of it counts on from there."""
+    state = start.state
+    return {
+        "bad_steps": guards.BadSteps(
+            config.train.max_bad_steps, int(state.get("bad_steps", 0)), int(state.get("total_skipped", 0))
+        ),
+        "alarms": Alarms(config.guards, state.get("alarms")),
+        "start": start,
+        "step": start.step,
+        "figures": dict(state.get("figures", {})),
+        "tokens": int(state.get("tokens", 0)),
+        "evaluated_at": int(state.get("evaluated_at", -1)),
+        "saved_at": start.step if start.checkpoint else -1,
+    }
 
 
 def _going_on_from(config: TrainConfig, start: resume.Start | None) -> Path | None:
