@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from student_trainer.config import TrainConfig
+from student_trainer.planning.config import PlanConfig
 from student_trainer.teachers.config import prefix
 from teacher_api import settings
 from teacher_api.errors import TeacherError
@@ -41,8 +42,8 @@ SHORTCUTS = {
 SWITCHES = {
     "print_config": "print the resolved configuration as YAML and exit",
     "print_prompts": "print the prompts as the student is shown them, a JSON line each, for teacher-generate, and exit",
-    "dry_run": "load everything, shake hands, score one sequence, measure the memory of the largest micro-batch, print "
-    "the plan and exit; writes nothing",
+    "dry_run": "load everything, shake hands, score one sequence, measure the memory of the largest micro-batch and "
+    "the time of a step, print the plan and exit; with plan.device_memory_gib plan for another machine; writes nothing",
     "accept_new_teacher": "go on with a teacher other than the one this run began with",
     "accept_new_prompts": "go on with prompts other than those this run was trained on so far",
 }
@@ -85,7 +86,22 @@ def run(arguments: Sequence[str]) -> int:
     if "accept_new_prompts" in extras:
         accepting = config.checkpoint.model_copy(update={"accept_new_prompts": True})
         config = config.model_copy(update={"checkpoint": accepting})
+    if config.plan != PlanConfig() and "dry_run" not in extras:
+        return _say("plan: got options without --dry-run, expected none: they describe what it plans for", UNUSABLE)
+    if config.plan.is_described:
+        return _plan(config)
     return _start(Command(config, tuple(arguments), "dry_run" in extras))
+
+
+def _plan(config: TrainConfig) -> int:
+    """For a machine that is described by options."""
+    from student_trainer.planning import machine
+
+    try:
+        print("\n".join(machine.plan(config)))
+    except ValueError as error:
+        return _say(error, UNUSABLE)
+    return 0
 
 
 def _print_prompts(config: TrainConfig) -> int:
@@ -152,9 +168,10 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
             if command.dry_run:
                 with guards.told_once(dist, _exit_code):
                     scored = plan.try_once(prepared)
-                took = plan.measured(prepared)
+                took, speed = plan.measured(prepared), plan.timed(prepared)
                 if dist.is_main:
-                    print("\n".join([*plan.describe(prepared), f"teacher   {scored}", f"measured  {took}"]))
+                    more = [f"teacher   {scored}", f"measured  {took}", f"speed     {speed}"]
+                    print("\n".join([*plan.describe(prepared), *more]))
                 return 0
             for warning in prepared.warnings:
                 prepared.console.say(f"warning: {warning}")

@@ -17,6 +17,7 @@ from student_trainer.evaluate import EvalConfig
 from student_trainer.forms.config import LoraConfig, check_freeze, check_layers
 from student_trainer.losses.config import LossField, SampledTokenConfig, parse_loss
 from student_trainer.optim import OptimConfig, check_length
+from student_trainer.planning.config import PlanConfig
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.teachers.config import (
     ONLY,
@@ -145,6 +146,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    plan: PlanConfig = Field(default_factory=PlanConfig)
 
     @property
     def all_teachers(self) -> Mapping[str, TeacherConfig]:
@@ -283,6 +285,7 @@ FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "checkpoint": ("*",),
     "guards": ("*",),
     "tracking": ("*",),
+    "plan": ("*",),
 }  # fmt: skip
 """Keys that may differ when a run goes on: where things are, how fast, how long. All others define the experiment. (The
 teacher itself is held by its fingerprint.)"""

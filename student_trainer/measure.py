@@ -10,12 +10,14 @@ import math
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from student_trainer.losses.base import Needs
 from student_trainer.run import Run
 from student_trainer.train import accumulate
 from student_trainer.types import Prompt, Rollout, ScoredRollout
@@ -52,36 +54,50 @@ def measure(run: Run) -> Measured:
 
 
 def worst_case(run: Run) -> list[ScoredRollout]:
-    """Made-up samples of the longest prompt and the longest completion, with a teacher that finds all ids as likely. No
-    two have a prompt in common, so that none is shared."""
-    fraction, vocabulary = run.config.data.on_policy_fraction, run.student.vocabulary_size
+    """Made-up samples of the longest prompt and the longest completion. No two have a prompt in common, so that none is
+    shared."""
+    fraction = run.config.data.on_policy_fraction
     num = max(run.config.rollout.max_new_tokens if fraction else 0, run.prompts.longest.fixed)
     prompt_tokens, on_prompt = max(run.longest_tokens - num, 1), run.config.loss.on_prompt
     num, cut = (num + prompt_tokens - 1, 1) if on_prompt else (num, prompt_tokens)
+    shapes = [(uid, cut, num) for uid in range(largest_micro_batch(run))]
+    return made_up(shapes, run.student.vocabulary_size, run.needs, scored_prompt_tokens=prompt_tokens - cut)
+
+
+def made_up(
+    shapes: Sequence[tuple[int, int, int]], vocabulary: int, needs: Needs, *, scored_prompt_tokens: int = 0
+) -> list[ScoredRollout]:
+    """Random samples with a teacher that finds all ids as likely.
+
+    Args:
+        shapes: of each: the number of its prompt, tokens of that prompt, tokens of the completion.
+        scored_prompt_tokens: tokens at the beginning of each completion that belong to the prompt (loss.on_prompt).
+    """
     draw = np.random.default_rng(0)
-    values = np.full(num, -math.log(vocabulary), dtype=np.float32)
-    top_k, kept = run.needs.top_k, run.needs.student_top_k
+    prompts = {index: Prompt(index, draw.integers(0, vocabulary, num, dtype=np.int32)) for index, num, _ in shapes}
+    top_k, kept = needs.top_k, needs.student_top_k
     width = vocabulary if top_k == "all" else top_k
     samples = []
-    for uid in range(largest_micro_batch(run)):
+    for uid, (index, _, num) in enumerate(shapes):
         token_ids = draw.integers(0, vocabulary, num, dtype=np.int32)
+        values = np.full(num, -math.log(vocabulary), dtype=np.float32)
         # Consecutive ids, from anywhere: the two sides have few of them in common, which is the larger case.
         start = draw.integers(0, vocabulary, (num, 1))
         student_ids = ((start + np.arange(kept)) % vocabulary).astype(np.int32) if kept else None
         teacher_ids = ((start + kept + np.arange(width)) % vocabulary).astype(np.int32)
         scores = Scores(
             id=str(uid),
-            positions=np.arange(num, dtype=np.int32) + cut,
+            positions=np.arange(num, dtype=np.int32) + len(prompts[index].token_ids),
             token_logprob=values,
             log_tail=values,
             topk_ids=None if top_k in (0, "all") else teacher_ids,
             topk_logprob=None if top_k == 0 else np.repeat(values[:, None], width, axis=1),
             candidate_logprob=np.repeat(values, kept) if kept else None,
         )
-        prompt = Prompt(uid, draw.integers(0, vocabulary, cut, dtype=np.int32))
         rollout = Rollout(
-            uid, prompt, token_ids, "length", values, values, student_ids, scored_prompt_tokens=prompt_tokens - cut
-        )
+            uid, prompts[index], token_ids, "length", values, values, student_ids,
+            scored_prompt_tokens=scored_prompt_tokens,
+        )  # fmt: skip
         samples.append(ScoredRollout(rollout, scores))
     return samples
 

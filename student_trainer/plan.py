@@ -1,62 +1,69 @@
-"""What `--dry-run` prints: what would be trained against whom, and the memory it will take, by formula and
-measured."""
+"""What `--dry-run` prints of a run on this machine: what would be trained against whom, the memory it will take and how
+long a step will, by formula and measured. Formulas are in planning/.
+"""
 
 from __future__ import annotations
+
+import os
+
+import torch
 
 from student_trainer import metrics
 from student_trainer.data import fixed
 from student_trainer.measure import measure
+from student_trainer.planning import asked, memory, speed
+from student_trainer.planning.calibrate import calibrate
+from student_trainer.planning.memory import Bytes
+from student_trainer.planning.shape import Shape
+from student_trainer.planning.text import human, listed
 from student_trainer.rollout.likely import with_likely_ids
 from student_trainer.run import Run, make_sampler
-from student_trainer.student import activation_bytes
 from teacher_api.types import TeacherInfo
 
-OPTIMIZER_VALUES = {"adamw": 2, "muon": 2}
-"""float32 values of optimizer state per parameter: AdamW's two moments (Muon keeps one for its matrices)."""
-LOSS_COPIES = 4
-"""Arrays as large as a chunk's logits that exist at once: logits, log-softmax, its exponential, their gradient."""
 HELD_BEFORE = ("weights", "optimizer")
 """There before a micro-batch begins, or not yet: optimizer state comes with the first step."""
 DRY_RUN_NEW_TOKENS = 8
 
 
-def micro_batch_tokens(run: Run) -> int:
-    """Most padded tokens that one forward and backward can get on one rank."""
-    train, longest = run.config.train, run.longest_tokens
-    per_step = train.batch_size * run.config.rollout.group_size
-    sequences = min(-(-per_step // run.dist.world), train.micro_batch_size or per_step)
-    return min(max(train.micro_batch_tokens, longest), sequences * longest)
-
-
-def memory(run: Run, tokens: int) -> dict[str, int]:
-    """Expected bytes by what holds them, on the training device of one process, at micro-batches of `tokens`."""
-    config, student = run.config, run.student
-    trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
-    weights = 4 * sum(p.numel() for p in student.model.parameters())
-    width = student.parts.logit_width
-    held = min(run.chunk_rows, tokens)
-    teacher = width if run.needs.top_k == "all" else 2 * (run.needs.top_k + run.needs.student_top_k + 1)
-    parts = run.strategy.parts()
-    averaged = int(config.optim.ema_decay > 0)
-    return {
-        "weights": weights // parts["weights"],
-        "gradients": 4 * trained // parts["gradients"],
-        "optimizer": 4 * trained * (OPTIMIZER_VALUES[config.optim.name] + averaged) // parts["optimizer"],
-        "activations": activation_bytes(student, tokens, gradient_checkpointing=config.student.gradient_checkpointing),
-        "logits": LOSS_COPIES * 4 * held * width,
-        "teacher_scores": 4 * tokens * teacher,
-    }
+def phases(run: Run, tokens: int) -> dict[str, Bytes]:
+    """Expected bytes on the training device of one process, in each phase of a step, at micro-batches of `tokens`."""
+    student = run.student
+    cut = run.strategy.parts()
+    parts = (cut["weights"], cut["gradients"], cut["optimizer"])
+    load = asked.load_of(
+        run.config,
+        run.needs,
+        tokens=tokens,
+        prompt=min(run.prompts.longest.prompt, run.longest_tokens),
+        longest=run.longest_tokens,
+        width=student.parts.logit_width,
+        on_gpu=student.device.type == "cuda",
+        world=run.dist.world,
+    )
+    return memory.phases(Shape.of(student.model, student.parts), load, parts, run.dist.world)
 
 
 def measured(run: Run) -> str:
     """Runs the largest micro-batch of longest sequences once, without an optimizer step; a line of what it took."""
     got = measure(run)
-    formula = memory(run, got.sequences * got.tokens)
-    expected = sum(size for name, size in formula.items() if name not in HELD_BEFORE)
+    learning = phases(run, got.sequences * got.tokens)["learn"]
+    expected = sum(size for name, size in learning.items() if name not in HELD_BEFORE)
     return (
         f"forward and backward of {got.sequences} sequences of {got.tokens} tokens took {human(got.num_bytes)} on "
         f"{run.student.device.type} beside weights and optimizer; by the formula {human(expected)}"
     )
+
+
+def timed(run: Run) -> str:
+    """Times a short piece of each part of a step; a line of what a whole step will take."""
+    step = asked.step_of(
+        run.config,
+        prompt=run.prompts.longest.prompt,
+        longest=run.longest_tokens,
+        world=run.dist.world,
+        shares_prompt=run.student.packing.shared,
+    )
+    return speed.told(calibrate(run, step).of(step), step, run.dist.world)
 
 
 def try_once(run: Run) -> str:
@@ -82,7 +89,9 @@ def describe(run: Run) -> list[str]:
     config = run.config
     parameters = sum(p.numel() for p in run.student.model.parameters())
     per_step = config.train.batch_size * config.rollout.group_size
-    parts = memory(run, micro_batch_tokens(run))
+    found = phases(run, asked.micro_batch_tokens(config, run.longest_tokens, run.dist.world))
+    phase, most = memory.peak(found)
+    room = _room(run.student.device)
     lines = [
         f"student   {config.student.model} ({type(run.student.model).__name__}, {parameters:,} parameters, "
         f"{config.student.dtype} on {run.student.device})",
@@ -91,9 +100,13 @@ def describe(run: Run) -> list[str]:
         f"loss      {config.loss.objective}, teacher top-k {run.needs.top_k}, student top-k {run.needs.student_top_k}",
         f"steps     {config.train.steps - run.step} of {config.train.steps} to do, {per_step} samples each, on "
         f"{run.dist.world} process{'es' if run.dist.world > 1 else ''} ({run.strategy})",
-        "memory    "
-        + ", ".join(f"{name.replace('_', ' ')} {human(size)}" for name, size in parts.items())
-        + f"; together about {human(sum(parts.values()))} per process",
+        *(
+            f"memory    to {name}: {listed(parts)}; together {human(sum(parts.values()))}"
+            for name, parts in found.items()
+        ),
+        f"fits      about {human(most)} per process, when it {phase}s, of {human(room)}"
+        if most <= room
+        else f"fits      not: about {human(most)} per process, when it {phase}s, of {human(room)}",
         f"output    {config.train.output_dir}"
         + (f" (goes on from {run.start.checkpoint})" if run.start.checkpoint else ""),
     ]
@@ -115,9 +128,9 @@ def _teacher(name: str, info: TeacherInfo) -> str:
     )
 
 
-def human(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
+def _room(device: torch.device) -> int:
+    """Memory that is planned with: of the device, or of this machine for all of its processes."""
+    if device.type == "cuda":
+        return int(memory.USABLE * torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(memory.USABLE * total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -228,28 +228,6 @@ def parameter_count(student: Student) -> int:
     return sum(p.numel() for p in student.model.parameters())
 
 
-def activation_bytes(student: Student, tokens: int, *, gradient_checkpointing: bool) -> int:
-    """Estimate of what the backward pass keeps for one micro-batch, from what eager autograd saves in a layer, per
-    token: 6 hidden states around the norms and the residual stream, 2 (q + k) around norms of queries and keys, 5 of
-    attention's width (queries, keys and values repeated for every head, output), 4 of the feed-forward's (gate, its
-    activation, up, product); the norms' in float32. With gradient checkpointing one hidden state per layer, and one
-    layer twice: its activations, and their gradients with what the allocator holds on to."""
-    config = causal_lm.text_config(student.model.config)
-    hidden = student.parts.hidden_size
-    layers = int(getattr(config, "num_hidden_layers", 1))
-    heads = int(getattr(config, "num_attention_heads", 0) or 1)
-    head_dim = int(getattr(config, "head_dim", 0) or hidden // heads)
-    queries, keys = heads * head_dim, int(getattr(config, "num_key_value_heads", 0) or heads) * head_dim
-    experts = int(getattr(config, "num_experts_per_tok", 0) or 1)
-    inner = getattr(config, "moe_intermediate_size", 0) or getattr(config, "intermediate_size", 0)
-    inner = int(inner or getattr(config, "n_inner", 0) or 4 * hidden) * experts
-    arithmetic = 2 if student.autocast else 4
-    one_layer = tokens * (4 * (6 * hidden + 2 * (queries + keys)) + arithmetic * (5 * queries + 4 * inner))
-    if gradient_checkpointing:
-        return layers * tokens * hidden * arithmetic + 2 * one_layer
-    return layers * one_layer
-
-
 @torch.no_grad()
 def _verified(model: Any, vocabulary_size: int, device: torch.device) -> causal_lm.Parts:
     model.eval()

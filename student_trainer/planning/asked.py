@@ -1,0 +1,63 @@
+"""What a configuration asks of one device in a step, for the formulas."""
+
+from __future__ import annotations
+
+from student_trainer.config import TrainConfig
+from student_trainer.losses.base import Needs
+from student_trainer.planning.memory import Load
+from student_trainer.planning.speed import Step
+from student_trainer.run import CHUNK_BYTES
+
+
+def per_device(config: TrainConfig, world: int) -> int:
+    """Samples of one device in a step, at most: those of its prompts."""
+    return -(-config.train.batch_size // world) * config.rollout.group_size
+
+
+def micro_batch_tokens(config: TrainConfig, longest: int, world: int) -> int:
+    """Most tokens that one forward and backward can get on one device."""
+    train, samples = config.train, per_device(config, world)
+    sequences = min(samples, train.micro_batch_size or samples)
+    return min(max(train.micro_batch_tokens, longest), sequences * longest)
+
+
+def load_of(
+    config: TrainConfig, needs: Needs, *, tokens: int, prompt: int, longest: int, width: int, on_gpu: bool, world: int
+) -> Load:
+    """
+    Args:
+        tokens: of a micro-batch.
+        prompt, longest: tokens of the longest prompt and of the longest sequence.
+        width: columns of the student's logits.
+    """
+    samples = config.data.on_policy_fraction > 0
+    return Load(
+        tokens=tokens,
+        chunk_rows=config.train.loss_chunk_rows or max(1, CHUNK_BYTES // (4 * width)),
+        teacher_values=width if needs.top_k == "all" else 2 * (needs.top_k + needs.student_top_k + 1),
+        decoded=min(config.rollout.batch_sequences, per_device(config, world)) if samples else 0,
+        prompt=prompt,
+        longest=longest,
+        arithmetic_bytes=2 if config.student.dtype == "bfloat16" else 4,
+        gradient_checkpointing=config.student.gradient_checkpointing,
+        optimizer=config.optim.name,
+        averages=config.optim.ema_decay > 0,
+        offloaded=config.train.cpu_offload,
+        on_gpu=on_gpu,
+    )
+
+
+def step_of(config: TrainConfig, *, prompt: int, longest: int, world: int, shares_prompt: bool) -> Step:
+    """A step of samples that are all as long as they may be."""
+    samples = per_device(config, world)
+    fraction = config.data.on_policy_fraction
+    return Step(
+        sequences=samples,
+        prompt=min(prompt, longest - 1),
+        new_tokens=longest - min(prompt, longest - 1),
+        group=config.rollout.group_size,
+        decoded=min(config.rollout.batch_sequences, samples) if fraction else 0,
+        shares_prompt=shares_prompt,
+        recomputes=config.student.gradient_checkpointing,
+        casts=config.student.dtype == "bfloat16",
+    )
