@@ -64,7 +64,7 @@ def run_of(
         needs=objective.needs(config.teacher.top_k),
         strategy=strategy,
         optimizer=strategy.optimizer,
-        chunk_rows=config.train.loss_chunk_rows,
+        chunk_rows=config.train.loss_chunk_rows or 256,
         longest_tokens=max(prompts) + config.rollout.max_new_tokens,
         prompts=PromptSource([Prompt(i, np.full(n, i + 2, dtype=np.int32)) for i, n in enumerate(prompts)]),
         step=0,

@@ -4,6 +4,7 @@ it. Changes no weights.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,13 +82,15 @@ def _made_up(run: Any, step: Step, most: int) -> list[ScoredRollout]:
 def _scoring(run: Any, step: Step, clock: Clock) -> float:
     """Seconds per token, of as many sequences as this process has in flight at a time."""
     config = next(iter(run.config.all_teachers.values()))
-    rollouts = [s.rollout for s in _made_up(run, step, SCORED_TOKENS)][
-        : config.max_concurrency * config.request_sequences
-    ]
+    made = [s.rollout for s in _made_up(run, step, SCORED_TOKENS)][: config.max_concurrency * config.request_sequences]
+    # On real prompts: a teacher may be chosen by their domain.
+    prompts = run.prompts.take(0, len(made), run.config.train.seed)
+    rollouts = [dataclasses.replace(r, prompt=p) for r, p in zip(made, prompts, strict=True)]
     run.scorer.score(rollouts[:1])  # the first call opens connections
     started = clock()
     run.scorer.score(rollouts)
-    return (clock() - started) / sum(len(r.prompt.token_ids) + r.num_tokens for r in rollouts)
+    taken = clock() - started
+    return taken / sum(len(r.prompt.token_ids) + r.num_tokens for r in rollouts)
 
 
 def _learning(run: Any, step: Step, clock: Clock) -> float:

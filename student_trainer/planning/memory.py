@@ -76,7 +76,7 @@ def phases(shape: Shape, load: Load, parts: tuple[int, int, int], world: int) ->
         "logits": FLOAT32 * min(load.chunk_rows, load.tokens) * shape.width + LOSS_BYTES,
         "hidden rows": 2 * FLOAT32 * load.tokens * shape.hidden,  # and their gradient
         "teacher scores": FLOAT32 * load.tokens * load.teacher_values,
-        # fsdp2, zero3: the root stays whole between forward and backward, and two layers are; gradients before they are cut.
+        # fsdp2, zero3: the root stays whole from forward to backward, and two layers are; gradients until they are cut.
         "gathered": FLOAT32 * (2 * shape.embeddings + 3 * shape.largest_layer) if is_cut else 0,
     }
     sum_of_ranks = 2 * max(BUCKET_BYTES, FLOAT32 * shape.largest_parameter) if world > 1 and not is_cut else 0

@@ -24,7 +24,7 @@ class Shape:
     name: str
     parameters: int
     trained: int
-    embeddings: int  # parameters of the embedding and of the head
+    embeddings: int  # parameters of the embeddings and of the head
     active: int  # parameters of the trunk that a token is multiplied with: of experts, those it is routed to
     largest_layer: int  # parameters of the largest of the repeated layers
     largest_parameter: int
@@ -47,7 +47,8 @@ class Shape:
         inner = getattr(config, "moe_intermediate_size", 0) or getattr(config, "intermediate_size", 0)
         inner = int(inner or getattr(config, "n_inner", 0) or 4 * hidden)
         counts = {name: p.numel() for name, p in model.named_parameters()}
-        ends = {id(p): p.numel() for m in (model.get_input_embeddings(), parts.project) for p in m.parameters()}
+        tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+        ends = {id(p): p.numel() for m in (*tables, parts.project) for p in m.parameters()}
         experts = sum(num for name, num in counts.items() if ".experts." in name)
         num_experts = next((int(getattr(config, n)) for n in _NUM_EXPERTS if getattr(config, n, None)), 1)
         total = sum(counts.values())
@@ -85,8 +86,8 @@ def of_student(config: StudentConfig) -> Shape:
         )
     if config.layers_from_teacher:
         raise StudentError(
-            f"plan.device_memory_gib: got student.layers_from_teacher {list(config.layers_from_teacher)}, expected none: "
-            "they are put together from weights only; plan on this machine"
+            f"plan.device_memory_gib: got student.layers_from_teacher {list(config.layers_from_teacher)}, expected "
+            "none: they are put together from weights only; plan on this machine"
         )
     model = _skeleton("student.model", config.model, config.revision)
     try:

@@ -32,21 +32,25 @@ from teacher_api import causal_lm
 
 pytestmark = pytest.mark.slow
 
-MEMORY_FACTOR = 1.35
+MEMORY_FACTOR = 1.5
 """As docs/operations.md states it: measured peaks lie within this factor of the formula, either way."""
 SPEED_FACTOR = 2.0
+FEW = {"batch_size": 8, "micro_batch_tokens": 1700, "loss_chunk_rows": 256}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "plain": {"hidden": 256},
-    "packed": {"hidden": 256, "packing": Packing(packed=True)},
-    "checkpointing": {"hidden": 256, "layers": 12, "checkpointing": True},
-    "large_vocabulary": {"hidden": 128, "vocabulary": 32_000, "train": {"micro_batch_tokens": 800, "loss_chunk_rows": 512}},
+    "packed": {"hidden": 256, "packing": Packing(packed=True), "train": FEW},
+    "checkpointing": {"hidden": 256, "layers": 6, "checkpointing": True, "train": FEW},
+    "large_vocabulary": {
+        "hidden": 128,
+        "vocabulary": 32_000,
+        "train": {"batch_size": 8, "micro_batch_tokens": 800, "loss_chunk_rows": 512},
+    },
     "sampling": {
         "hidden": 256,
         "train": {"batch_size": 64, "micro_batch_tokens": 200, "loss_chunk_rows": 256},
         "rollout": {"max_new_tokens": 100},
     },
 }  # fmt: skip
-"""Peaks of all three phases are among them, some optimizer state is in all."""
+"""Peaks of learning and of sampling are among them, optimizer state is in all."""
 
 
 # -- memory
@@ -55,14 +59,15 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 def _whole_steps(name: str, pipe: Any) -> None:
     """In a process of its own: (peak over three steps above what was there before the model, expected, its phase)."""
     torch.set_num_threads(1)
+    learn_once(run_of(64, train={"micro_batch_tokens": 200}))  # so that the libraries are in memory
     before = measure._restart_peak(torch.device("cpu"))
     run = run_of(**CONFIGURATIONS[name])
     rows = asked.per_device(run.config, 1)
     sampler = make_sampler(run.config, run.student, {})
-    prompts = [run.prompts.all()[-1]] * rows
-    for _ in range(3):
-        sampler.sample(prompts, list(range(rows)))
-        learn_once(run)
+    learn_once(run)
+    learn_once(run)
+    sampler.sample([run.prompts.all()[-1]] * rows, list(range(rows)), keep_top_k=run.needs.student_top_k)
+    learn_once(run)
     peak = measure._peak(torch.device("cpu")) - before
     tokens = asked.micro_batch_tokens(run.config, run.longest_tokens, 1)
     pipe.send((peak, memory.peak(plan.phases(run, tokens))))
@@ -80,7 +85,8 @@ def test_the_peak_of_whole_steps_is_near_the_formula(name: str) -> None:
     mine, other = FORKS.Pipe()
     process = FORKS.Process(target=_whole_steps, args=(name, other))
     process.start()
-    assert mine.poll(120), "no answer"
+    other.close()  # so that its end is seen
+    assert mine.poll(400), "no answer"
     measured, (phase, expected) = mine.recv()
     process.join()
     print(f"{name}: measured {measured / 2**20:.0f} MiB, expected {expected / 2**20:.0f} MiB when it {phase}s")
@@ -142,7 +148,7 @@ def test_adapters_and_frozen_weights_are_counted(tmp_path) -> None:
 
 
 def test_operations_of_a_forward_are_those_that_torch_counts() -> None:
-    """Of the products; attention is counted over half the square, torch counts all of it."""
+    """Of the products: torch counts no attention on a CPU."""
     from torch.utils.flop_counter import FlopCounterMode
 
     for arch in ("llama", "gpt2"):
@@ -152,8 +158,7 @@ def test_operations_of_a_forward_are_those_that_torch_counts() -> None:
             model(torch.ones(2, 64, dtype=torch.int64))
         products = speed.forward_flop(sizes, 2, 64, computed=128) + speed.head_flop(sizes, 128)
         attention = 4.0 * sizes.layers * sizes.queries * 32 * 128
-        counted = counter.get_total_flops()
-        assert products - attention == pytest.approx(counted, rel=0.15) or products == pytest.approx(counted, rel=0.15)
+        assert products - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_a_token_goes_through_the_experts_it_is_routed_to() -> None:
@@ -201,7 +206,7 @@ def test_the_time_of_a_step_is_near_what_a_short_calibration_says(settings: dict
     sampler = make_sampler(run.config, run.student, {})
     sampler.stop_ids = ()  # whole-length completions, as the plan has them
     started = clock()
-    rollouts = sampler.sample([run.prompts.all()[0]] * rows, list(range(rows)))
+    rollouts = sampler.sample([run.prompts.all()[0]] * rows, list(range(rows)), keep_top_k=run.needs.student_top_k)
     sampled = clock()
     scored = run.scorer.score(rollouts)
     assert {r.num_tokens for r in rollouts} == {60}
