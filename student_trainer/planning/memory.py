@@ -22,7 +22,7 @@ TEACHER_FORWARD_TOKENS = 8192
 """Tokens of one forward of the teacher's engine, at most, unless it was told otherwise."""
 USABLE = 0.9
 """Share of a device that is planned with: the rest is the driver's, the allocator's and the communication's."""
-STRATEGIES = ("ddp", "ddp_sharded", "zero2", "fsdp2", "zero3")
+STRATEGIES = ("ddp", "ddp_sharded", "fsdp2", "zero2", "zero3")
 Bytes = dict[str, int]
 
 
@@ -121,8 +121,9 @@ def cache_bytes(shape: Shape, pair_bytes: int) -> int:
 
 
 def one_forward(shape: Shape, tokens: int, number_bytes: int) -> int:
-    """What a forward pass that keeps nothing has at once: the residual stream, its norm, and a layer's middle."""
-    return tokens * number_bytes * (3 * shape.hidden + max(3 * shape.inner, 3 * shape.queries))
+    """What a forward pass that keeps nothing has at once: the residual stream, its norm, and a layer's middle; twice,
+    with what the allocator holds on to."""
+    return 2 * tokens * number_bytes * (3 * shape.hidden + max(3 * shape.inner, 3 * shape.queries))
 
 
 def teacher(shape: Shape, in_flight: int, longest: int, row_values: int, devices: int) -> Bytes:

@@ -48,10 +48,11 @@ class Shape:
         inner = int(inner or getattr(config, "n_inner", 0) or 4 * hidden)
         counts = {name: p.numel() for name, p in model.named_parameters()}
         tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-        ends = {id(p): p.numel() for m in (*tables, parts.project) for p in m.parameters()}
+        ends = {id(p): p.numel() for m in (*tables, parts.project) for p in m.parameters() if p.ndim > 1}
         experts = sum(num for name, num in counts.items() if ".experts." in name)
         num_experts = next((int(getattr(config, n)) for n in _NUM_EXPERTS if getattr(config, n, None)), 1)
         total = sum(counts.values())
+        matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
         stored = getattr(config, "dtype", None)
         lists = [m for m in parts.body.modules() if isinstance(m, torch.nn.ModuleList)]
         sizes = [sum(p.numel() for p in layer.parameters()) for layers in lists for layer in layers]
@@ -60,7 +61,7 @@ class Shape:
             parameters=total,
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
             embeddings=sum(ends.values()),
-            active=total - sum(ends.values()) - experts + experts * routed // max(num_experts, routed),
+            active=matrices - sum(ends.values()) - experts + experts * routed // max(num_experts, routed),
             largest_layer=max(sizes, default=0),
             largest_parameter=max(counts.values()),
             layers=int(getattr(config, "num_hidden_layers", 1)),
