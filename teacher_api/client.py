@@ -430,8 +430,16 @@ class TeacherClient:
         if self._loop.is_closed():
             return
         with suppress(TeacherError):
-            self._run(self._client.close())
+            self._run(self._ended())
         self._stop()
+
+    async def _ended(self) -> None:
+        """What is in flight gives its connections back before they are closed."""
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
