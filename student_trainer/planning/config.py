@@ -43,6 +43,6 @@ class PlanConfig(Section):
         if bool(self.peak_tflops) != bool(self.memory_bandwidth_gb_s):
             got = "peak_tflops" if self.peak_tflops else "memory_bandwidth_gb_s"
             raise ValueError(f"got {got} alone, expected peak_tflops and memory_bandwidth_gb_s: speed needs both")
-        if "utilisation" in self.model_fields_set and not self.peak_tflops:
+        if self.utilisation != fields["utilisation"].default and not self.peak_tflops:
             raise ValueError(f"utilisation: got {self.utilisation} without peak_tflops, expected none")
         return self

@@ -359,7 +359,7 @@ def test_differences_are_sorted_and_name_what_is_missing() -> None:
         ({"data": {"overlong": "drop"}}, "overlong: got drop without max_prompt_tokens"),
         ({"data": {"template": "plain", "add_generation_prompt": False}}, "add_generation_prompt: got false"),
         ({"tracking": {"project": "x"}}, "project: got 'x' with trackers tensorboard, expected one of .*mlflow"),
-        ({"tracking": {"run_name": "x", "trackers": ["mlflow"]}}, "run_name: got 'x' with trackers mlflow"),
+        ({"tracking": {"run_name": "x", "trackers": ["swanlab"]}}, "run_name: got 'x' with trackers swanlab"),
         ({"tracking": {"wandb_mode": "online", "trackers": []}}, "wandb_mode: got 'online' with trackers none"),
     ],
 )

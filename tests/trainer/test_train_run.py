@@ -330,7 +330,7 @@ def one_other():
         (["--prompts=ranks_of_mine:one_other"], 2, "the digest of the prompts differs between ranks"),
         (["--student={place}/other_tokenizer"], 2, "different tokenizers"),  # all ranks
         (["--output-dir={place}/prompts.txt/below"], 2, "can't be written"),  # the main rank
-        (["--prompts=ranks_of_mine:one_dead"], 137, "another process of this run ended"),
+        (["--prompts=ranks_of_mine:one_dead"], 137, "process 1 of 2 was killed by SIGKILL"),
     ],
     ids=["one", "differ", "all", "main", "dead"],
 )
@@ -339,6 +339,8 @@ def test_refusals_of_ranks_are_one_line(more, code, words, train, place, capfd, 
     monkeypatch.chdir(tmp_path)
     got, run_dir = train("--num-processes=2", *[argument.format(place=place) for argument in more])
     said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    if code == 137:  # the process that is left may say whom it misses before it is stopped
+        said = [line for line in said if not line.startswith("student-train: another process of this run ended")]
     assert got == code
     assert len(said) == 1, said
     assert said[0].startswith("student-train: ")
