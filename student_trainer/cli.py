@@ -21,6 +21,8 @@ from teacher_api.errors import TeacherError
 
 if TYPE_CHECKING:
     from student_trainer.distributed import Distributed
+    from student_trainer.guards import StopSignals
+    from student_trainer.run import Run
     from student_trainer.teachers.past import PastTeachers
 
 PROGRAM = "student-train"
@@ -139,11 +141,9 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
     """This process' part of the run, with the teachers at `urls`; none: they are to be found or started."""
     from student_trainer import distributed, guards, launch, plan, scoring
     from student_trainer.checkpoint import CheckpointError
-    from student_trainer.hub import PushError
     from student_trainer.rollout.base import RolloutError
     from student_trainer.run import prepare, require_alike
     from student_trainer.teachers.past import PastTeachers
-    from student_trainer.train import train
 
     config = command.config
     with contextlib.ExitStack() as stack:
@@ -185,25 +185,35 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
             return _say(error, _exit_code(error))
         except distributed.RankLost as error:
             return _say(error, FAILED)
-        try:
-            with distributed.noticing_losses():
-                train(prepared)
-        except guards.StopRequested:
-            return _say(f"stopped after step {prepared.step}; run the same command again to go on", stop.exit_code)
-        except scoring.TeacherGone as error:
-            return _say(f"stopped after step {prepared.step}: {error}", TEACHER_GONE)
-        except (
-            guards.TrainingError,
-            RolloutError,
-            scoring.ScoreError,
-            TeacherError,
-            CheckpointError,
-            PushError,
-            ValueError,  # another teacher than before; an objective of the user's own that gives what it must not
-            OSError,  # a disk that refuses a line of metrics
-            distributed.RankLost,
-        ) as error:
-            return _say(error, FAILED)
+        return _train(prepared, stop)
+
+
+def _train(run: Run, stop: StopSignals) -> int:
+    from student_trainer import distributed, guards, scoring
+    from student_trainer.checkpoint import CheckpointError
+    from student_trainer.hub import PushError
+    from student_trainer.rollout.base import RolloutError
+    from student_trainer.train import train
+
+    try:
+        with distributed.noticing_losses():
+            train(run)
+    except guards.StopRequested:
+        return _say(f"stopped after step {run.step}; run the same command again to go on", stop.exit_code)
+    except scoring.TeacherGone as error:
+        return _say(f"stopped after step {run.step}: {error}", TEACHER_GONE)
+    except (
+        guards.TrainingError,
+        RolloutError,
+        scoring.ScoreError,
+        TeacherError,
+        CheckpointError,
+        PushError,
+        ValueError,  # another teacher than before; an objective of the user's own that gives what it must not
+        OSError,  # a disk that refuses a line of metrics
+        distributed.RankLost,
+    ) as error:
+        return _say(error, FAILED)
     return 0
 
 
