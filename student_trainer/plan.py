@@ -16,8 +16,9 @@ from student_trainer.planning.calibrate import calibrate
 from student_trainer.planning.memory import Bytes
 from student_trainer.planning.shape import Shape
 from student_trainer.planning.text import human, listed
+from student_trainer.rollout.engines import make_torch
 from student_trainer.rollout.likely import with_likely_ids
-from student_trainer.run import Run, make_sampler
+from student_trainer.run import Run
 from teacher_api.types import TeacherInfo
 
 HELD_BEFORE = ("weights", "optimizer")
@@ -72,7 +73,7 @@ def try_once(run: Run) -> str:
     kept = run.needs.student_top_k
     with run.strategy.whole(), run.student.arithmetic():
         if run.config.data.on_policy_fraction:
-            sampler = make_sampler(run.config, run.student, {"max_new_tokens": DRY_RUN_NEW_TOKENS})
+            sampler = make_torch(run.config, run.student, {"max_new_tokens": DRY_RUN_NEW_TOKENS})
             rollouts = sampler.sample([prompt], [0], keep_top_k=kept)
         else:
             rollouts = with_likely_ids(run.strategy.plain, [fixed.rollout(prompt, 0, uid=0)], kept, 1)

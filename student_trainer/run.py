@@ -34,7 +34,8 @@ from student_trainer.losses.base import AnyObjective, Needs
 from student_trainer.optim import Optimizer, StateSource
 from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.choose import choose
-from student_trainer.rollout.torch_sampler import TorchSampler
+from student_trainer.rollout import engines
+from student_trainer.rollout.base import RolloutEngine
 from student_trainer.student import Student
 from student_trainer.teachers import privileged, refresh
 from student_trainer.teachers.config import prefix
@@ -60,7 +61,7 @@ class Run:
     prompts: Prompts
     mix: Mix
     evaluator: evaluation.Evaluator
-    sampler: TorchSampler
+    sampler: RolloutEngine
     scorer: Panel
     past: PastTeachers
     objective: AnyObjective
@@ -258,6 +259,7 @@ class Run:
         if self.tracker is not None:
             self.tracker.close()
         self.scorer.close()
+        self.sampler.close()
         if self.claim is not None:
             self.claim.close()
 
@@ -314,7 +316,7 @@ def prepare(
             prompts=prompts,
             mix=Mix(config.data.on_policy_fraction, config.data.mix, config.train.seed),
             evaluator=_evaluator(config, dist, student),
-            sampler=make_sampler(config, student, {}),
+            sampler=engines.make(config, student),
             scorer=scorer,
             past=past,
             objective=objective,
@@ -347,7 +349,7 @@ def _settled(config: TrainConfig, start: resume.Start | None, prompts: Prompts) 
 
 def _evaluator(config: TrainConfig, dist: Distributed, student: Student) -> evaluation.Evaluator:
     problems = evaluation.load_problems(config, student)
-    sampler = make_sampler(config, student, evaluation.sampling_changes(config))
+    sampler = engines.make_torch(config, student, evaluation.sampling_changes(config))
     return evaluation.Evaluator(config, dist, student, problems, sampler)
 
 
@@ -388,15 +390,3 @@ def require_alike(run: Run) -> None:
             run.dist.require_equal(f"the fingerprint of {prefix(name)}", fingerprint)
         run.dist.require_equal("the first step", str(run.step))
         run.dist.require_equal("the digest of the prompts", run.prompts.digest())
-
-
-def make_sampler(config: TrainConfig, student: Student, changes: dict[str, Any]) -> TorchSampler:
-    """The run's sampler, with `changes` to the rollout section."""
-    return TorchSampler(
-        student.model,
-        eos_token_ids=student.eos_token_ids,
-        pad_token_id=student.pad_token_id,
-        vocabulary_size=student.vocabulary_size,
-        config=config.rollout.model_copy(update=changes),
-        seed=config.train.seed,
-    )

@@ -53,6 +53,7 @@ def sample(run: Run) -> list[Rollout]:
     uids = {(run.step * size + row) * group + member: (prompts[row], member) for row, member in rows}
     given = [fixed.rollout(*uids[uid], uid=uid) for uid in uids if run.mix.is_fixed(run.step, uid)]
     own = [uid for uid in uids if not run.mix.is_fixed(run.step, uid)]
+    run.sampler.update(run.step)
     with run.student.arithmetic():
         drawn = run.sampler.sample([uids[uid][0] for uid in own], own, keep_top_k=run.needs.student_top_k)
     rollouts = sorted([*drawn, *given], key=lambda rollout: rollout.uid)

@@ -58,6 +58,8 @@ class Rollout:
     student_topk_ids: IntArray | None = None  # [N, K]: ids the student found likely at sampling time, best first
     source: Literal["on_policy", "fixed"] = "on_policy"  # fixed: the completion was read from data, nobody sampled it
     scored_prompt_tokens: int = 0  # so many leading tokens of `token_ids` are the prompt's (loss.on_prompt)
+    versions: IntArray | None = None  # [N]: optimizer steps behind the weights that sampled each token; -1: nobody did
+    by_student: BoolArray | None = None  # [N]: False where an environment wrote the token; None: the student wrote all
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +78,8 @@ class Rollout:
     @property
     def sampled(self) -> BoolArray:
         """bool [N]: the student sampled this token, so that b and q_old are defined."""
-        return np.arange(self.num_tokens) >= (self.scored_prompt_tokens if self.source == "on_policy" else np.inf)
+        drawn = np.arange(self.num_tokens) >= (self.scored_prompt_tokens if self.source == "on_policy" else np.inf)
+        return drawn if self.by_student is None else drawn & self.by_student
 
 
 @dataclass(frozen=True, slots=True)

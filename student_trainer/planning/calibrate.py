@@ -14,7 +14,7 @@ import torch
 
 from student_trainer import measure
 from student_trainer.planning.speed import UPDATE_BYTES, Seconds, Step
-from student_trainer.run import make_sampler
+from student_trainer.rollout.engines import make_torch
 from student_trainer.train import accumulate
 from student_trainer.types import ScoredRollout
 
@@ -61,7 +61,7 @@ def calibrate(run: Any, step: Step, clock: Clock = time.perf_counter) -> Calibra
 
 def _sampling(run: Any, rows: int, new_tokens: int, clock: Clock) -> float:
     """Seconds of so many new tokens after the first prompts of the run."""
-    sampler = make_sampler(run.config, run.student, {"max_new_tokens": new_tokens, "batch_sequences": rows})
+    sampler = make_torch(run.config, run.student, {"max_new_tokens": new_tokens, "batch_sequences": rows})
     group = run.config.rollout.group_size
     prompts = run.prompts.take(0, -(-rows // group), run.config.train.seed)
     chosen = [p for p in prompts for _ in range(group)][:rows]

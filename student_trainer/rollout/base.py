@@ -1,8 +1,8 @@
-"""What the trainer asks of whatever samples for it. An engine is one file that has this method."""
+"""What the trainer asks of whatever samples for it. An engine is one file that has these methods."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from student_trainer.types import Prompt, Rollout
@@ -29,4 +29,27 @@ class RolloutEngine(Protocol):
                 `max_new_tokens` in the model's context.
             RolloutError: the model's logits are not finite.
         """
+        ...
+
+    def stream(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> Iterator[Rollout]:
+        """What `sample` returns, each as soon as it is finished, in any order. Raises as `sample`.
+
+        While its consumer has the turn, gradient mode and the modes of the model's modules are as they were found, so
+        that a consumer may train on what it got; it must not change the weights before the last item.
+        """
+        ...
+
+    def update(self, version: int) -> None:
+        """From here on, samples come from the student's weights as they are now; called while nothing is in flight,
+        and, where ranks hold parts of the weights, by all of them inside Replicated.whole.
+
+        Args:
+            version: optimizer steps done. Rollout.versions says it of every token.
+        Raises:
+            RolloutError: the weights could not be handed over.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what belongs to the engine alone: its processes, its memory."""
         ...

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from student_trainer.types import Rollout
+from student_trainer.types import BoolArray, Rollout
 
 
 def with_prompt(rollout: Rollout) -> Rollout:
@@ -23,4 +23,11 @@ def with_prompt(rollout: Rollout) -> Rollout:
         full_logprob=np.concatenate([undefined, rollout.full_logprob]),
         student_topk_ids=None if len(ids) > 1 else rollout.student_topk_ids,
         scored_prompt_tokens=len(ids) - 1,
+        versions=None if rollout.versions is None else np.concatenate([np.full_like(ids[1:], -1), rollout.versions]),
+        by_student=_extended(rollout.by_student, len(ids) - 1),
     )
+
+
+def _extended(by_student: BoolArray | None, prompt_tokens: int) -> BoolArray | None:
+    """Tokens of the prompt count as those that no environment wrote."""
+    return None if by_student is None else np.concatenate([np.ones(prompt_tokens, dtype=np.bool_), by_student])

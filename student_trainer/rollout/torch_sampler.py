@@ -60,19 +60,40 @@ class TorchSampler:
         self._model = model
         self._pad_token_id = 0 if pad_token_id is None else pad_token_id
         self._seed = seed
+        self._version = 0
         with evaluating(model):
             self.strategy: Strategy = choose(model, vocabulary_size)
 
     def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]:
         """See RolloutEngine.sample."""
+        jobs = self._jobs(prompts, uids)
+        rollouts: list[Rollout | None] = [None] * len(jobs)
+        for job, rollout in self._finished(jobs, keep_top_k):
+            rollouts[job.place] = rollout
+        return [r for r in rollouts if r is not None]
+
+    def stream(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> Iterator[Rollout]:
+        """See RolloutEngine.stream."""
+        for _, rollout in self._finished(self._jobs(prompts, uids), keep_top_k):
+            yield rollout
+
+    def update(self, version: int) -> None:
+        """See RolloutEngine.update: the weights are the trainer's own, so only their number is new."""
+        self._version = version
+
+    def close(self) -> None:
+        """See RolloutEngine.close: nothing belongs to it alone."""
+
+    def _jobs(self, prompts: Sequence[Prompt], uids: Sequence[int]) -> list[_Job]:
         jobs = [_Job(place, prompt, uid) for place, (prompt, uid) in enumerate(zip(prompts, uids, strict=True))]
         self._check(jobs)
-        rollouts: list[Rollout | None] = [None] * len(jobs)
-        with evaluating(self._model):
-            for batch in self._batches(jobs):
-                for job, rollout in zip(batch, self._sample_batch(batch, keep_top_k), strict=True):
-                    rollouts[job.place] = rollout
-        return [r for r in rollouts if r is not None]
+        return jobs
+
+    def _finished(self, jobs: Sequence[_Job], keep_top_k: int) -> Iterator[tuple[_Job, Rollout]]:
+        for batch in self._batches(jobs):
+            with evaluating(self._model):
+                rollouts = list(self._sample_batch(batch, keep_top_k))
+            yield from zip(batch, rollouts, strict=True)
 
     def _check(self, jobs: Sequence[_Job]) -> None:
         limit = getattr(self._model.config, "max_position_embeddings", None)
@@ -174,6 +195,7 @@ class TorchSampler:
             behaviour_logprob=record.behaviour_BN[row, :count].copy(),
             full_logprob=full,
             student_topk_ids=record.topk_BNK[row, :count].copy() if record.topk_BNK.shape[-1] else None,
+            versions=np.full(count, self._version, dtype=np.int32),
         )
 
 

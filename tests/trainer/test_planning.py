@@ -24,7 +24,7 @@ from student_trainer.planning import asked, machine, memory, shape, speed
 from student_trainer.planning.calibrate import calibrate
 from student_trainer.planning.config import PlanConfig
 from student_trainer.planning.shape import Shape
-from student_trainer.run import make_sampler
+from student_trainer.rollout.engines import make_torch
 from student_trainer.student import load
 from student_trainer.train import learn
 from student_trainer.types import Rollout, ScoredRollout
@@ -63,7 +63,7 @@ def _whole_steps(name: str, pipe: Any) -> None:
     before = measure._restart_peak(torch.device("cpu"))
     run = run_of(**CONFIGURATIONS[name])
     rows = asked.per_device(run.config, 1)
-    sampler = make_sampler(run.config, run.student, {})
+    sampler = make_torch(run.config, run.student, {})
     learn_once(run)
     learn_once(run)
     sampler.sample([run.prompts.all()[-1]] * rows, list(range(rows)), keep_top_k=run.needs.student_top_k)
@@ -204,7 +204,7 @@ def test_the_time_of_a_step_is_near_what_a_short_calibration_says(settings: dict
     expected = calibrate(run, step, clock).of(step)
 
     rows = step.sequences
-    sampler = make_sampler(run.config, run.student, {})
+    sampler = make_torch(run.config, run.student, {})
     sampler.stop_ids = ()  # whole-length completions, as the plan has them
     started = clock()
     rollouts = sampler.sample([run.prompts.all()[0]] * rows, list(range(rows)), keep_top_k=run.needs.student_top_k)

@@ -1,0 +1,28 @@
+"""Which engine samples for a run: the one place that knows all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from student_trainer.config import TrainConfig
+from student_trainer.rollout.base import RolloutEngine
+from student_trainer.rollout.torch_sampler import TorchSampler
+from student_trainer.student import Student
+
+
+def make(config: TrainConfig, student: Student) -> RolloutEngine:
+    """The engine that rollout.engine names."""
+    return make_torch(config, student, {})
+
+
+def make_torch(config: TrainConfig, student: Student, changes: dict[str, Any]) -> TorchSampler:
+    """A sampler from the training weights, with `changes` to the rollout section: for evaluation and planning as well,
+    whatever the run samples with."""
+    return TorchSampler(
+        student.model,
+        eos_token_ids=student.eos_token_ids,
+        pad_token_id=student.pad_token_id,
+        vocabulary_size=student.vocabulary_size,
+        config=config.rollout.model_copy(update=changes),
+        seed=config.train.seed,
+    )
