@@ -231,7 +231,7 @@ class TrainConfig(Section):
                 f"loss.{key}: got {getattr(self.loss, key)} with data.on_policy_fraction 1, expected none: "
                 "cross-entropy counts on fixed data only"
             )
-        idle = ["temperature", "top_p", "top_k", "greedy"] if fraction == 0.0 else []
+        idle = ["engine", "temperature", "top_p", "top_k", "greedy"] if fraction == 0.0 else []
         if any(source.format == "packed_text" for source in self.data.sources):
             idle.append("group_size")
         for name in idle:
@@ -254,7 +254,7 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"loss.{key}: got {value} with data.on_policy_fraction 0, expected none: nothing is sampled"
                 )
-        if loss.behaviour == "weight" and rollout.engine == "torch" and (rollout.greedy or rollout.is_untempered):
+        if loss.behaviour == "weight" and (rollout.greedy or rollout.is_untempered):
             how = "greedy takes" if rollout.greedy else "temperature 1 without top_p and top_k samples"
             what = "one token, whose ratio says nothing" if rollout.greedy else "from q_old itself"
             raise ValueError(f"loss.behaviour: got weight, expected none: rollout's {how} {what}")
@@ -275,6 +275,7 @@ _OF_A_TEACHER = (
 )  # fmt: skip
 FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "student": ("device", "gradient_checkpointing"),
+    "rollout": ("vllm",),
     "teacher": _OF_A_TEACHER,
     "teachers": _OF_A_TEACHER,
     "train": (

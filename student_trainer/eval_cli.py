@@ -113,6 +113,8 @@ class EvaluationConfig(Section):
                     raise ValueError(f"{name}: set together with harness.tasks, expected one of them: {_shown(got)}")
         elif self.harness != HarnessConfig():
             raise ValueError("harness: set without harness.tasks, expected both or neither (--tasks NAME,…)")
+        if self.rollout.engine != "torch":
+            raise ValueError(f"rollout.engine: got {self.rollout.engine}, expected none: engine says what answers")
         if self.vllm and self.engine != "vllm":
             raise ValueError(f"vllm: got {self.vllm} with engine {self.engine}, expected none")
         if self.engine == "vllm" and self.model_class:

@@ -11,7 +11,13 @@ from student_trainer.student import Student
 
 
 def make(config: TrainConfig, student: Student) -> RolloutEngine:
-    """The engine that rollout.engine names."""
+    """The engine that rollout.engine names.
+
+    Raises:
+        ValueError: it isn't there, or can't sample from this student.
+    """
+    if config.rollout.engine == "vllm":
+        raise ValueError("rollout.engine: got vllm, expected torch: it is not available yet")
     return make_torch(config, student, {})
 
 
