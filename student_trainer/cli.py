@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from teacher_api import settings
 from teacher_api.errors import TeacherError
 
 if TYPE_CHECKING:
-    from student_trainer.distributed import Distributed
+    from student_trainer.distributed import Distributed, RankLost
     from student_trainer.guards import StopSignals
     from student_trainer.run import Run
     from student_trainer.teachers.past import PastTeachers
@@ -51,6 +53,8 @@ SWITCHES = {
 }
 COLLECTIVE_MARGIN_S = 1800.0
 """Added to the teacher's budget: how long ranks wait for one another (evaluation and checkpoints on the main rank)."""
+LAUNCHER_SPEAKS_S = 5.0
+"""What our own launcher is given to say which process of the run ended, before the others say whom they miss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +188,7 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
         except (ValueError, RolloutError, TeacherError, CheckpointError, scoring.TeacherGone) as error:
             return _say(error, _exit_code(error))
         except distributed.RankLost as error:
-            return _say(error, FAILED)
+            return _say_unless_launcher_does(error)
         return _train(prepared, stop)
 
 
@@ -211,9 +215,10 @@ def _train(run: Run, stop: StopSignals) -> int:
         PushError,
         ValueError,  # another teacher than before; an objective of the user's own that gives what it must not
         OSError,  # a disk that refuses a line of metrics
-        distributed.RankLost,
     ) as error:
         return _say(error, FAILED)
+    except distributed.RankLost as error:
+        return _say_unless_launcher_does(error)
     return 0
 
 
@@ -291,6 +296,16 @@ def _refuse_another_number(config: TrainConfig) -> None:
             f"train.num_processes: got {config.train.num_processes}, but the launcher started {started} on this "
             f"machine; expected {started}, or 0"
         )
+
+
+def _say_unless_launcher_does(error: RankLost) -> int:
+    """Our own launcher sees which process ended, says so, and stops this one: it has a while for that."""
+    from student_trainer import launch
+
+    if launch.is_ours():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(LAUNCHER_SPEAKS_S)
+    return _say(error, FAILED)
 
 
 def _say(message: object, code: int) -> int:

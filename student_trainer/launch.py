@@ -51,6 +51,11 @@ def expect_children() -> None:
     os.environ.setdefault(GRPC_FORKS, "false")
 
 
+def is_ours() -> bool:
+    """Whether this process is a rank that `run_ranks` started."""
+    return TEACHERS in os.environ
+
+
 def urls_of_launcher() -> dict[str, str]:
     """What our own launcher told this rank; empty under somebody else's."""
     found: dict[str, str] = json.loads(os.environ.get(TEACHERS, "{}"))

@@ -56,6 +56,7 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()
         self._lifecycle = lifecycle
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
         self._server.add_generic_rpc_handlers((_handlers(service),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -74,6 +75,8 @@ class GrpcServer:
         await self._server.start()
 
     def _publish_soon(self) -> None:
+        if self._stopping:  # NOT_SERVING for good, and the loop may be about to close
+            return
         task = asyncio.ensure_future(self._publish())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -85,6 +88,7 @@ class GrpcServer:
             await self._health.set(name, state)
 
     async def stop(self, grace_s: float) -> None:
+        self._stopping = True
         await self._server.stop(grace_s)
 
 

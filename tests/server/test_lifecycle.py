@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -25,8 +26,12 @@ from teacher_api import wire
 from teacher_api.types import Completion, ScoreRequest
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server.app import StartError
+from teacher_server.auth import KeyRing
 from teacher_server.backends.fake import FakeBackend
+from teacher_server.config import ServerConfig
+from teacher_server.grpc_api import GrpcServer
 from teacher_server.lifecycle import Lifecycle
+from teacher_server.service import TeacherService
 
 pytestmark = pytest.mark.slow
 
@@ -262,6 +267,22 @@ def test_a_start_that_fails_gives_its_ports_back():
     for port in ports.values():
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def test_a_second_signal_after_the_stop_leaves_nothing_undone_in_the_loop():
+    """The loop may close at any moment then: a coroutine made for the health service would never be awaited."""
+
+    async def stopped_and_told_again() -> set[Any]:
+        lifecycle, config = Lifecycle(stall_s=5.0, high_water=0.9), ServerConfig(model="fake", backend="fake")
+        served = GrpcServer(TeacherService(config, lifecycle), lifecycle, KeyRing.of(config))
+        await served.start("127.0.0.1", 0)
+        lifecycle.begin_drain()
+        await served.stop(0)
+        before = asyncio.all_tasks()
+        lifecycle.begin_drain()
+        return asyncio.all_tasks() - before
+
+    assert asyncio.run(stopped_and_told_again()) == set()
 
 
 def test_the_configuration_is_printed_without_the_keys(tmp_path):

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from training import FORKS
 from student_trainer import measure, plan
 from student_trainer.cli import run as command
 from student_trainer.config import StudentConfig, TrainConfig
+from student_trainer.guards import BadSteps
 from student_trainer.packing import Packing
 from student_trainer.planning import asked, machine, memory, shape, speed
 from student_trainer.planning.calibrate import calibrate
@@ -35,6 +38,7 @@ pytestmark = pytest.mark.slow
 MEMORY_FACTOR = 1.5
 """As docs/operations.md states it: measured peaks lie within this factor of the formula, either way."""
 SPEED_FACTOR = 2.0
+TURNS = 3
 FEW = {"batch_size": 8, "micro_batch_tokens": 1700, "loss_chunk_rows": 256}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "packed": {"hidden": 256, "packing": Packing(packed=True), "train": FEW},
@@ -195,15 +199,24 @@ class MadeUpScores:
     ids=["many", "checkpointing"],
 )
 def test_the_time_of_a_step_is_near_what_a_short_calibration_says(settings: dict[str, Any]) -> None:
-    """In CPU seconds of one thread, so that what else the machine does is left out."""
+    """In CPU seconds of one thread, so that what else the machine does is left out; the median of several turns,
+    since even those grow where others use the same caches."""
     torch.set_num_threads(1)
     clock = time.process_time
     run = run_of(**settings, prompts=(60, 60), rollout={"max_new_tokens": 60, "batch_sequences": 16})
     run.scorer = MadeUpScores(run)
+    run.bad_steps = BadSteps(3)
     step = asked.step_of(run.config, prompt=60, longest=120, world=1, shares_prompt=False)
-    expected = calibrate(run, step, clock).of(step)
+    said, took = [], []
+    for _ in range(TURNS):
+        said.append(calibrate(run, step, clock).of(step))
+        took.append(_time_of_a_step(run, step.sequences, clock))
+    for part in ("sample", "learn", "total"):
+        mine, theirs = (median(getattr(seconds, part) for seconds in each) for each in (said, took))
+        assert theirs / SPEED_FACTOR <= mine <= theirs * SPEED_FACTOR, (part, said, took)
 
-    rows = step.sequences
+
+def _time_of_a_step(run: Any, rows: int, clock: Callable[[], float]) -> speed.Seconds:
     sampler = make_torch(run.config, run.student, {})
     sampler.stop_ids = ()  # whole-length completions, as the plan has them
     started = clock()
@@ -212,16 +225,8 @@ def test_the_time_of_a_step_is_near_what_a_short_calibration_says(settings: dict
     scored = run.scorer.score(rollouts)
     assert {r.num_tokens for r in rollouts} == {60}
     learning = clock()
-    from student_trainer.guards import BadSteps
-
-    run.bad_steps = BadSteps(3)
     learn(run, scored)
-    ended = clock()
-    got = speed.Seconds(sample=sampled - started, score=learning - sampled, learn=ended - learning)
-    print(f"expected {expected}, got {got}")
-    for part in ("sample", "learn", "total"):
-        mine, theirs = getattr(expected, part), getattr(got, part)
-        assert theirs / SPEED_FACTOR <= mine <= theirs * SPEED_FACTOR, part
+    return speed.Seconds(sample=sampled - started, score=learning - sampled, learn=clock() - learning)
 
 
 # -- a machine that is described
