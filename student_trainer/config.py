@@ -275,7 +275,7 @@ _OF_A_TEACHER = (
 )  # fmt: skip
 FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "student": ("device", "gradient_checkpointing"),
-    "rollout": ("vllm",),
+    "rollout": ("vllm", "server"),
     "teacher": _OF_A_TEACHER,
     "teachers": _OF_A_TEACHER,
     "train": (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from teacher_api.settings import Section
 
-EngineName = Literal["torch", "vllm"]
+EngineName = Literal["torch", "vllm", "vllm-server"]
 
 
 class VllmConfig(Section):
@@ -30,11 +31,56 @@ class VllmConfig(Section):
     """Other arguments of vLLM's engine, by any name it knows, such as quantization or kv_cache_dtype."""
 
 
+class ServerConfig(Section):
+    """With engine vllm-server: servers that `rollout-serve` started, on this machine or others."""
+
+    urls: tuple[str, ...] = ()
+    """http://host:port or https://… of each. Samples are spread over those that answer; one that comes back gets the
+    current weights first."""
+    api_key: SecretStr = SecretStr("")
+    """Sent as a bearer token, as the servers' --api-key has it. Better in the environment
+    (STUDENT_ROLLOUT__SERVER__API_KEY) than in a file."""
+    timeout_s: float = Field(600.0, gt=0, le=86_400)
+    """How long all servers may be away at a time: after that the run stops at its checkpoint, with exit code 75."""
+    attempt_timeout_s: float = Field(300.0, gt=0, le=86_400)
+    """Longest wait for one completion, or for one hand-over of weights, before it is given up and the server taken for
+    hung; the completion is sampled elsewhere."""
+    start_timeout_s: float = Field(300.0, gt=0, le=86_400)
+    """How long to wait at the start for the first server that isn't there or is still loading."""
+    transport: Literal["auto", "gloo", "nccl"] = "auto"
+    """What carries the weights: nccl between GPUs (the trainer's environment needs vllm for it), gloo through the
+    hosts' memory. auto: nccl where student and server are on GPUs, else gloo."""
+    address: str = ""
+    """Of this machine, as the servers reach it for weights; empty: the one from which it reaches them."""
+    logprob_tolerance: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """Largest difference, in nats, between a server's logprobs of a known text and the trainer's own that a hand-over of
+    weights may leave; 0: 0.002 in float32, 0.3 in bfloat16 and float16."""
+
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("urls")
+    @classmethod
+    def _bases(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+                raise ValueError(f"got {url!r}, expected http://host:port or https://host:port")
+        bases = tuple(url.rstrip("/") for url in urls)
+        if len(set(bases)) < len(bases):
+            raise ValueError(f"got {list(bases)}, expected each server once")
+        return bases
+
+
 class RolloutConfig(Section):
     engine: EngineName = "torch"
     """torch: the training weights themselves, decoded with a key-value cache in the trainer's process. vllm: an engine
-    of vLLM in the trainer's process, which gets the weights of each update from memory."""
+    of vLLM in the trainer's process, which gets the weights of each update from memory. vllm-server: servers of vLLM on
+    GPUs of their own, or other machines, which get them over the network (rollout.server)."""
     vllm: VllmConfig = VllmConfig()
+    server: ServerConfig = ServerConfig()
 
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens, the end token included."""
@@ -56,7 +102,8 @@ class RolloutConfig(Section):
     """Completions per prompt."""
 
     batch_sequences: int = Field(default=128, ge=1)
-    """Most sequences decoded at once; bounds the cache's memory. Which tokens a sample gets does not depend on it."""
+    """Most sequences decoded at once, by each server where there are several; bounds the cache's memory. Which tokens a
+    sample gets does not depend on it."""
 
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion besides the model's own end tokens; kept as its last token."""
@@ -69,9 +116,13 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _sections_of_the_engine_chosen(self) -> Self:
-        if self.engine != "vllm" and self.vllm != VllmConfig():
-            got = self.vllm.model_dump(exclude_defaults=True)
-            raise ValueError(f"vllm: got {got} with engine {self.engine}, expected none")
+        for name, engine in (("vllm", "vllm"), ("server", "vllm-server")):
+            section: Section = getattr(self, name)
+            if self.engine != engine and section != type(section)():
+                got = section.model_dump(mode="json", exclude_defaults=True)  # secrets as asterisks
+                raise ValueError(f"{name}: got {got} with engine {self.engine}, expected none")
+        if self.engine == "vllm-server" and not self.server.urls:
+            raise ValueError("server.urls: got none with engine vllm-server, expected the servers' (rollout-serve)")
         return self
 
     @property

@@ -16,8 +16,8 @@ def make(config: TrainConfig, student: Student) -> RolloutEngine:
     Raises:
         ValueError: it isn't there, or can't sample from this student.
     """
-    if config.rollout.engine == "vllm":
-        raise ValueError("rollout.engine: got vllm, expected torch: it is not available yet")
+    if config.rollout.engine != "torch":
+        raise ValueError(f"rollout.engine: got {config.rollout.engine}, expected torch: it is not available yet")
     return make_torch(config, student, {})
 
 
