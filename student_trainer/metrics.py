@@ -35,7 +35,8 @@ class Clock:
 
 
 def of_rollouts(scored: Sequence[ScoredRollout], sum_metrics: Callable[[Metrics], Metrics]) -> Metrics:
-    """Global means over samples: completion length, share that ended by themselves, tokens in all.
+    """Global means over samples: completion length, share that ended by themselves, tokens in all. Tokens that an
+    environment wrote are counted apart; its figures are there where it took part in any sample.
 
     Args:
         sum_metrics: adds up a dict over ranks.
@@ -43,15 +44,21 @@ def of_rollouts(scored: Sequence[ScoredRollout], sum_metrics: Callable[[Metrics]
     sums = sum_metrics(
         {
             "samples": float(len(scored)),
-            "completion": float(sum(s.rollout.num_completion_tokens for s in scored)),
+            "completion": float(
+                sum(s.rollout.num_completion_tokens - s.rollout.num_environment_tokens for s in scored)
+            ),
             "prompt": float(sum(len(s.rollout.prompt.token_ids) + s.rollout.scored_prompt_tokens for s in scored)),
             "finished": float(sum(s.rollout.finish == "eos" for s in scored)),
             "fixed": float(sum(s.rollout.source == "fixed" for s in scored)),
             "cached": float(sum(s.scores.cached_tokens for s in scored)),
+            "environment": float(sum(s.rollout.num_environment_tokens for s in scored)),
+            "conversations": float(sum(s.rollout.by_student is not None for s in scored)),
+            "turns": float(sum(len(s.rollout.turns) for s in scored if s.rollout.by_student is not None)),
         }
     )
     samples = max(sums["samples"], 1.0)
-    return {
+    talks = sums["conversations"]
+    found = {
         "completion_tokens": sums["completion"] / samples,
         "prompt_tokens": sums["prompt"] / samples,
         "finished": sums["finished"] / samples,
@@ -59,6 +66,9 @@ def of_rollouts(scored: Sequence[ScoredRollout], sum_metrics: Callable[[Metrics]
         "tokens": sums["completion"],
         "teacher_cached_tokens": sums["cached"],
     }
+    return found | (
+        {"turns": sums["turns"] / talks, "environment_tokens": sums["environment"] / talks} if talks else {}
+    )
 
 
 def means(sums: Metrics) -> Metrics:
@@ -102,7 +112,7 @@ def sample_rows(scored: Sequence[ScoredRollout], decode: Callable[[list[int]], s
         SampleRow(
             prompt=(s.rollout.prompt.text or decode(s.rollout.prompt_ids.tolist()))[-SHOWN_CHARACTERS:],
             completion=decode(s.rollout.token_ids[s.rollout.scored_prompt_tokens :].tolist())[:SHOWN_CHARACTERS],
-            tokens=s.rollout.num_completion_tokens,
+            tokens=s.rollout.num_completion_tokens - s.rollout.num_environment_tokens,
             finish=s.rollout.finish,
             divergence_nats=mean_delta(s),
         )

@@ -16,6 +16,8 @@ from teacher_api.types import FloatArray, IntArray, Scores
 
 Metrics = dict[str, float]
 BoolArray = npt.NDArray[np.bool_]
+Message = Mapping[str, str]
+"""One turn of a conversation: `role`, `content`, and what else the chat template reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class Prompt:
     fixed: tuple[Fixed, ...] = ()  # completions of fixed data; none where all training is on the student's own
     teacher_ids: Mapping[str, IntArray] = field(default_factory=dict)  # what teachers see instead, by their names
     domain: str = ""  # name of the source in data.domains that it comes from; empty where there is one source
+    messages: tuple[Message, ...] = ()  # what the chat template rendered; none where the prompt is text as it stands
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,20 @@ class Rollout:
 
     @property
     def num_completion_tokens(self) -> int:
+        """Tokens after the prompt, an environment's included."""
         return len(self.token_ids) - self.scored_prompt_tokens
+
+    @property
+    def num_environment_tokens(self) -> int:
+        return 0 if self.by_student is None else int((~self.by_student).sum())
+
+    @property
+    def turns(self) -> list[slice]:
+        """What the student wrote, one slice of `token_ids` after the other; one that is all, without environment."""
+        wrote = np.ones(self.num_tokens, dtype=np.bool_) if self.by_student is None else self.by_student.copy()
+        wrote[: self.scored_prompt_tokens] = False
+        edges = np.flatnonzero(np.diff(wrote, prepend=False, append=False)).tolist()
+        return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
     @property
     def prompt_ids(self) -> IntArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,21 @@ import numpy as np
 from student_trainer.data.config import PLACE, PromptConfig
 from student_trainer.data.errors import DataError
 from student_trainer.data.views import View
-from student_trainer.types import Prompt
+from student_trainer.types import Message, Prompt
 from teacher_api.types import IntArray
 
 QUESTION_KEYS = ("question", "prompt", "problem", "instruction", "input", "query", "text")
 ANSWER_KEY = "answer"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    text: str
+    token_ids: IntArray
+    messages: tuple[Message, ...] = ()  # that the chat template made it of
+
+    def prompt(self, index: int, answer: str | None, domain: str) -> Prompt:
+        return Prompt(index, self.token_ids, self.text, answer, domain=domain, messages=self.messages)
 
 
 class Renderer:
@@ -57,20 +68,19 @@ class Renderer:
         if self.config.messages_key is not None:
             return self._from_conversation(index, where, body, record, domain)
         if isinstance(body, list) and self.config.prompt_key is not None:
-            text, token_ids = self._from_messages(_messages(body, f"{where}: field {self.question_key!r}"))
+            rendered = self._from_messages(_messages(body, f"{where}: field {self.question_key!r}"))
         else:
             question = string_of(body, self.question_key, where)
             if not question.strip():
                 raise DataError(f"{where}: field {self.question_key!r} is empty")
-            text, token_ids = self._from_question(question, self._system(record, where))
-        if not len(token_ids):
+            rendered = self._from_question(question, self._system(record, where))
+        if not len(rendered.token_ids):
             raise DataError(f"{where}: the prompt has no tokens")
-        return Prompt(index, token_ids, text, self._answer(record, where), domain=domain)
+        return rendered.prompt(index, self._answer(record, where), domain)
 
     def _from_conversation(self, index: int, where: str, body: Any, record: Mapping[str, Any], domain: str) -> Prompt:
         opening, answer = self._opening(body, where, record)
-        text, token_ids = self._from_messages(opening)
-        return Prompt(index, token_ids, text, answer, domain=domain)
+        return self._from_messages(opening).prompt(index, answer, domain)
 
     def _opening(self, body: Any, where: str, record: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
         """Messages of the prompt, and with data.messages_key the turn of the assistant that follows."""
@@ -109,34 +119,34 @@ class Renderer:
         user = view.filled(view.template or as_it_stands, values, where)
         if messages:
             messages[turn] = {"role": "user", "content": user}
-            _, token_ids = self._from_messages(_under(system, messages))
+            token_ids = self._from_messages(_under(system, messages)).token_ids
         else:
-            _, token_ids = self._from_user(user, self._system(record, where) if system is None else system)
+            token_ids = self._from_user(user, self._system(record, where) if system is None else system).token_ids
         if not len(token_ids):
             raise DataError(f"{where}: the prompt that {view.key} makes for the teacher has no tokens")
         return token_ids
 
-    def _from_question(self, question: str, system: str | None) -> tuple[str, IntArray]:
+    def _from_question(self, question: str, system: str | None) -> _Rendered:
         if self.config.prompt_key is not None:
-            return question, self._encode(question, special_tokens=True)
+            return _Rendered(question, self._encode(question, special_tokens=True))
         # Not str.format: braces are common in prompts (code, LaTeX) and must not be read as fields.
         return self._from_user(self.prompt_template.replace(PLACE, question), system)
 
-    def _from_user(self, user: str, system: str | None) -> tuple[str, IntArray]:
+    def _from_user(self, user: str, system: str | None) -> _Rendered:
         if not self.is_chat or self.config.prompt_key is not None:
             text = f"{system}\n\n{user}" if system else user
-            return text, self._encode(text, special_tokens=True)
+            return _Rendered(text, self._encode(text, special_tokens=True))
         opening = [{"role": "system", "content": system}] if system else []
         return self._from_messages([*opening, {"role": "user", "content": user}])
 
-    def _from_messages(self, messages: list[dict[str, str]]) -> tuple[str, IntArray]:
+    def _from_messages(self, messages: list[dict[str, str]]) -> _Rendered:
         if not self.is_chat:
             raise DataError("a list of messages needs a tokenizer with a chat template, and data.template not `plain`")
         text: str = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=self.config.add_generation_prompt
         )
         # The template writes its own special tokens, the begin-of-sequence one included.
-        return text, self._encode(text, special_tokens=False)
+        return _Rendered(text, self._encode(text, special_tokens=False), tuple(messages))
 
     def _encode(self, text: str, *, special_tokens: bool) -> IntArray:
         bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

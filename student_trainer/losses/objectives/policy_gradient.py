@@ -30,7 +30,8 @@ class PolicyGradientConfig(SampledTokenConfig):
     """Scale of the advantages."""
 
     kl_discount: float = Field(0.0, ge=0.0, le=1.0)
-    """γ: a token is also credited with γ^j of the advantage j tokens later in its completion. 0: with its own only."""
+    """γ: a token is also credited with γ^j of the advantage of the j-th token that the student wrote after it in its
+    completion. 0: with its own only."""
 
     center: Literal["none", "batch", "group"] = "none"
     """Subtract from the advantages their mean over the counted tokens of the whole batch, or of the same prompt's
@@ -54,12 +55,14 @@ class PolicyGradient(SampledToken[PolicyGradientConfig]):
 
     def prepare(self, scored: Sequence[ScoredRollout], all_reduce_sum: AllReduceSum) -> list[FloatArray]:
         """A_t of every token. Masked tokens earn nothing, neither for themselves nor for the tokens before them. Tokens
-        that nobody sampled have no q_old: their A is 0."""
+        that nobody sampled have no q_old: their A is 0, and the sum over what comes later passes over them, so that a
+        turn is credited for the next one whatever an environment wrote in between."""
         masks = [loss_mask(s.rollout, self.config) & s.rollout.sampled for s in scored]
-        advantages = [
-            discounted(-self.config.kl_coef * np.where(mask, delta(s), 0.0), self.config.kl_discount)
-            for s, mask in zip(scored, masks, strict=True)
-        ]
+        advantages = []
+        for s, mask in zip(scored, masks, strict=True):
+            own = -self.config.kl_coef * np.where(mask, delta(s), 0.0)
+            own[s.rollout.sampled] = discounted(own[s.rollout.sampled], self.config.kl_discount)
+            advantages.append(own)
         if self.config.center == "batch":
             advantages = center(advantages, masks, [0] * len(scored), all_reduce_sum)
         elif self.config.center == "group":
