@@ -1,6 +1,7 @@
-"""How next-token logits are had one position after another, exactly, from any transformers causal LM: left-padded
-batches with a cache where that is exact, batches of equal length with a cache where only padding is not, the whole
-sequence again where the model has no usable cache. Which of them a model allows is measured, not looked up.
+"""How next-token logits are had one position after another, exactly, from any transformers causal LM: sequences that
+come and go (slots.py) where that is exact, left-padded batches with a cache where only those are, batches of equal
+length with a cache where padding is not, the whole sequence again where the model has no usable cache. Which of them a
+model allows is measured, not looked up.
 
 Shape legend: B sequences, P prompt tokens (padded), W logit width.
 """
@@ -16,9 +17,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from student_trainer.rollout.base import RolloutError
+from student_trainer.rollout.slots import SlotDecoder, UnfitError
 from teacher_api.types import IntArray
 
-Strategy = Literal["padded", "grouped", "recompute"]
+Strategy = Literal["continuous", "padded", "grouped", "recompute"]
 
 _PROBE_LENGTHS = (3, 29)  # a padding of 26 crosses small sliding windows and state-space chunks
 _PROBE_STEPS = 2
@@ -166,9 +168,38 @@ def choose(model: Any, vocabulary_size: int) -> Strategy:
 
     if forward.cache_name is None:
         return "recompute"
+    if _slots_error(model, sequences, reference) <= tolerance:
+        return "continuous"
     if "attention_mask" in forward.accepts and error([0, 1]) <= tolerance:
         return "padded"
     return "grouped" if max(error([0]), error([1])) <= tolerance else "recompute"
+
+
+def _slots_error(model: Any, sequences: list[Tensor], reference: Tensor) -> float:
+    """Of two sequences in slots, the second of which enters while the first is on its way and leaves after it."""
+    (short, long), device = sequences, next(model.parameters()).device
+    start = len(short) - _PROBE_STEPS
+    prompts = [s[: len(s) - _PROBE_STEPS].to(torch.int32).numpy() for s in sequences]
+    got = torch.full_like(reference, torch.inf)
+    try:
+        decoder = SlotDecoder(model, 2, len(long))
+
+        def run(tokens: list[tuple[Tensor, int]], *entering: int) -> Tensor:
+            token = torch.tensor([int(s[place]) for s, place in tokens], dtype=torch.int64, device=device)
+            position = torch.tensor([place for _, place in tokens], dtype=torch.int64, device=device)
+            longest = max([place + 1 for _, place in tokens], default=0)
+            hidden = decoder.forward(token, position, longest, [prompts[e] for e in entering], list(entering))
+            return decoder.logits(hidden).float()
+
+        with decoder.attending():
+            got[0, 0] = run([], 0)[0]
+            got[1, 0], got[0, 1] = run([(short, start)], 1)
+            got[2, 0], got[1, 1] = run([(short, start + 1), (long, len(prompts[1]))])
+            decoder.copy([0], [1], len(long))
+            got[2, 1] = run([(long, len(prompts[1]) + 1)])[0]
+    except UnfitError:
+        return float("inf")
+    return float((got - reference).abs().nan_to_num(nan=torch.inf).max())
 
 
 def _decode(decoder: Decoder, sequences: list[Tensor], device: torch.device) -> Tensor:

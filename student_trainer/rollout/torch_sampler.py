@@ -1,31 +1,27 @@
-"""Samples completions from the training weights themselves, in this process: batches, random numbers, stop tokens.
-Owns no distribution (sampling.py) and no cache (decoding.py); leaves the model's mode and the random state as found.
-
-Shape legend: B sequences, N new tokens (at most max_new_tokens), K ids kept, W logit width.
+"""Samples completions from the training weights themselves, in this process. Owns what the engine is asked and gives;
+how sequences come and go is in continuous.py and batches.py, distributions in sampling.py, caches in slots.py and
+decoding.py. Leaves the model's mode and the random state as found.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from student_trainer.rollout import sampling
 from student_trainer.rollout.base import RolloutError
+from student_trainer.rollout.batches import Batch, batches
 from student_trainer.rollout.config import RolloutConfig
-from student_trainer.rollout.decoding import CachedDecoder, Decoder, RecomputeDecoder, Strategy, choose
+from student_trainer.rollout.continuous import Continuous
+from student_trainer.rollout.decoding import CachedDecoder, RecomputeDecoder, Strategy, choose
+from student_trainer.rollout.jobs import Job, Work
+from student_trainer.rollout.ledger import Record, Rules
+from student_trainer.rollout.slots import SlotDecoder
 from student_trainer.types import Prompt, Rollout
-from teacher_api.types import FloatArray, IntArray
-
-DROP_FINISHED_BELOW = 0.75  # share of unfinished rows under which copying the cache costs less than dragging them on
-DEVICE_CHECK_EVERY = 8  # steps between looks at who has finished; each makes the host wait for the accelerator
 
 
 class TorchSampler:
@@ -84,18 +80,43 @@ class TorchSampler:
     def close(self) -> None:
         """See RolloutEngine.close: nothing belongs to it alone."""
 
-    def _jobs(self, prompts: Sequence[Prompt], uids: Sequence[int]) -> list[_Job]:
-        jobs = [_Job(place, prompt, uid) for place, (prompt, uid) in enumerate(zip(prompts, uids, strict=True))]
+    def _jobs(self, prompts: Sequence[Prompt], uids: Sequence[int]) -> list[Job]:
+        jobs = [Job(place, prompt, uid) for place, (prompt, uid) in enumerate(zip(prompts, uids, strict=True))]
         self._check(jobs)
         return jobs
 
-    def _finished(self, jobs: Sequence[_Job], keep_top_k: int) -> Iterator[tuple[_Job, Rollout]]:
-        for batch in self._batches(jobs):
-            with evaluating(self._model):
-                rollouts = list(self._sample_batch(batch, keep_top_k))
-            yield from zip(batch, rollouts, strict=True)
+    def _finished(self, jobs: Sequence[Job], keep_top_k: int) -> Iterator[tuple[Job, Rollout]]:
+        rules = Rules(self.config, self.vocabulary_size, self.stop_ids, self._seed, keep_top_k)
+        for work, computing in self._works(jobs, rules):
+            while not work.is_done:
+                with evaluating(self._model), computing():
+                    finished = work.advance()
+                for job, record in finished:
+                    yield job, self._rollout(job, record)
 
-    def _check(self, jobs: Sequence[_Job]) -> None:
+    def _works(
+        self, jobs: Sequence[Job], rules: Rules
+    ) -> Iterator[tuple[Work, Callable[[], AbstractContextManager[None]]]]:
+        """One after the other, each with what it is advanced in."""
+        most, new_tokens = self.config.batch_sequences, self.config.max_new_tokens
+        if not jobs:
+            return
+        if self.strategy == "continuous":
+            slots = min(most, len(jobs))
+            longest = max(len(job.prompt.token_ids) for job in jobs)
+            slotted = SlotDecoder(self._model, slots, longest + new_tokens)
+            yield Continuous(slotted, jobs, rules, slots), slotted.attending
+            return
+        device = next(self._model.parameters()).device
+        for batch in batches(jobs, self.strategy, most):
+            decoder: CachedDecoder | RecomputeDecoder
+            if self.strategy == "recompute":
+                decoder = RecomputeDecoder(self._model)
+            else:
+                decoder = CachedDecoder(self._model, new_tokens, self._pad_token_id)
+            yield Batch(decoder, batch, rules, device), contextlib.nullcontext
+
+    def _check(self, jobs: Sequence[Job]) -> None:
         limit = getattr(self._model.config, "max_position_embeddings", None)
         for job in jobs:
             ids = job.prompt.token_ids
@@ -111,133 +132,21 @@ class TorchSampler:
                     f"{self.config.max_new_tokens} it exceeds the student's context of {limit}"
                 )
 
-    def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """At most `batch_sequences` jobs at a time, of like length; of one length where padding isn't exact."""
-        ordered = sorted(jobs, key=lambda job: len(job.prompt.token_ids))
-        groups: Iterator[Sequence[_Job]]
-        if self.strategy == "padded":
-            groups = iter([ordered])
-        else:
-            groups = (list(g) for _, g in itertools.groupby(ordered, key=lambda job: len(job.prompt.token_ids)))
-        for group in groups:
-            for start in range(0, len(group), self.config.batch_sequences):
-                yield list(group[start : start + self.config.batch_sequences])
-
-    def _sample_batch(self, jobs: Sequence[_Job], keep_top_k: int) -> Iterator[Rollout]:
-        decoder: Decoder
-        if self.strategy == "recompute":
-            decoder = RecomputeDecoder(self._model)
-        else:
-            decoder = CachedDecoder(self._model, self.config.max_new_tokens, self._pad_token_id)
-        logits = decoder.start([job.prompt.token_ids for job in jobs])
-        uniform = sampling.uniforms(self._seed, [job.uid for job in jobs], self.config.max_new_tokens)
-        record = self._decode(decoder, logits, torch.from_numpy(uniform).to(logits.device), keep_top_k)
-        for row, job in enumerate(jobs):
-            yield self._rollout(job, record, row)
-
-    def _decode(self, decoder: Decoder, logits: Tensor, uniform_BN: Tensor, keep_top_k: int) -> _Record:
-        """Decodes until every row has a stop token or `max_new_tokens`. What a row gets after its stop token, before
-        the row is dropped, is cut off by `_rollout`."""
-        num_rows, device = len(logits), logits.device
-        record = _DeviceRecord.empty(
-            num_rows, self.config.max_new_tokens, min(keep_top_k, self.vocabulary_size), device
-        )
-        stop_ids = torch.tensor(self.stop_ids, dtype=torch.int64, device=device)
-        check_every = 1 if device.type == "cpu" else DEVICE_CHECK_EVERY
-        rows = torch.arange(num_rows, device=device)  # of the record; those still decoded
-        done = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        for step in range(self.config.max_new_tokens):
-            drawn = self._draw(logits, uniform_BN[rows, step])
-            record.put(rows, step, drawn)
-            if keep_top_k:
-                kept = sampling.most_likely(logits, keep_top_k, vocabulary_size=self.vocabulary_size)
-                record.topk_BNK[rows, step] = kept
-            if step + 1 == self.config.max_new_tokens:
-                break
-            token = drawn.token_B
-            done = done | torch.isin(token, stop_ids)
-            if step % check_every == check_every - 1:
-                going = int((~done).sum())
-                if going == 0:
-                    break
-                if going <= DROP_FINISHED_BELOW * len(rows):
-                    alive = (~done).nonzero().squeeze(-1)
-                    decoder.keep(alive)
-                    rows, done, token = rows[alive], done[alive], token[alive]
-            logits = decoder.step(token)
-        return record.to_host()
-
-    def _draw(self, logits: Tensor, uniform_B: Tensor) -> sampling.Draw:
-        if self.config.greedy:
-            return sampling.draw_greedy(logits, vocabulary_size=self.vocabulary_size)
-        return sampling.draw(
-            logits,
-            uniform_B,
-            vocabulary_size=self.vocabulary_size,
-            temperature=self.config.temperature,
-            top_k=self.config.top_k,
-            top_p=self.config.top_p,
-        )
-
-    def _rollout(self, job: _Job, record: _Record, row: int) -> Rollout:
-        stops = np.flatnonzero(np.isin(record.tokens_BN[row], self.stop_ids))
-        count = int(stops[0]) + 1 if len(stops) else self.config.max_new_tokens
-        finish: Literal["eos", "length"] = "eos" if len(stops) else "length"
-        full = record.full_BN[row, :count].copy()
-        if not np.isfinite(full).all():
-            position = len(job.prompt.token_ids) + int(np.flatnonzero(~np.isfinite(full))[0])
+    def _rollout(self, job: Job, record: Record) -> Rollout:
+        finite = np.isfinite(record.full)
+        if not finite.all():
+            position = len(job.prompt.token_ids) + int(np.flatnonzero(~finite)[0])
             raise RolloutError(f"the student's logits are not finite: sample {job.uid}, position {position}")
         return Rollout(
             uid=job.uid,
             prompt=job.prompt,
-            token_ids=record.tokens_BN[row, :count].copy(),
-            finish=finish,
-            behaviour_logprob=record.behaviour_BN[row, :count].copy(),
-            full_logprob=full,
-            student_topk_ids=record.topk_BNK[row, :count].copy() if record.topk_BNK.shape[-1] else None,
-            versions=np.full(count, self._version, dtype=np.int32),
+            token_ids=record.tokens,
+            finish="eos" if record.stopped else "length",
+            behaviour_logprob=record.behaviour,
+            full_logprob=record.full,
+            student_topk_ids=record.topk,
+            versions=np.full(len(record.tokens), self._version, dtype=np.int32),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    place: int  # in the caller's list
-    prompt: Prompt
-    uid: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    tokens_BN: IntArray  # unused places hold -1, which is no token
-    behaviour_BN: FloatArray
-    full_BN: FloatArray
-    topk_BNK: npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class _DeviceRecord:
-    tokens_BN: Tensor
-    behaviour_BN: Tensor
-    full_BN: Tensor
-    topk_BNK: Tensor
-
-    @classmethod
-    def empty(cls, num_rows: int, max_new_tokens: int, keep: int, device: torch.device) -> _DeviceRecord:
-        shape = (num_rows, max_new_tokens)
-        return cls(
-            torch.full(shape, -1, dtype=torch.int32, device=device),
-            torch.zeros(shape, device=device),
-            torch.zeros(shape, device=device),
-            torch.zeros((*shape, keep), dtype=torch.int32, device=device),
-        )
-
-    def put(self, rows: Tensor, step: int, drawn: sampling.Draw) -> None:
-        self.tokens_BN[rows, step] = drawn.token_B.int()
-        self.behaviour_BN[rows, step] = drawn.behaviour_logprob_B
-        self.full_BN[rows, step] = drawn.full_logprob_B
-
-    def to_host(self) -> _Record:
-        return _Record(*(t.cpu().numpy() for t in (self.tokens_BN, self.behaviour_BN, self.full_BN, self.topk_BNK)))
 
 
 @contextmanager

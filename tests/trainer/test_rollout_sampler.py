@@ -289,10 +289,11 @@ def test_models_without_a_usable_cache_are_recomputed(make: Any) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shipped_architectures_take_padded_batches(arch: str, dtype: torch.dtype) -> None:
+def test_shipped_architectures_take_the_fastest_way_that_is_exact(arch: str, dtype: torch.dtype) -> None:
     model = tiny_model(arch, scale=1.0).to(dtype)
     with torch.no_grad():
-        assert choose(model, VOCABULARY) == "padded"
+        # Sliding windows and states: their sequences can't come and go.
+        assert choose(model, VOCABULARY) == ("padded" if arch in ("gemma2", "mamba2", "bamba") else "continuous")
 
 
 def test_broken_weights_are_an_error_and_never_a_sample() -> None:

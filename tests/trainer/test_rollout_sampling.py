@@ -93,14 +93,16 @@ def test_extreme_uniforms_only_give_ids_that_have_mass() -> None:
     z = torch.full((1, 6), -torch.inf)
     z[0, [1, 3]] = 0.0
     u = np.array([0.0, np.nextafter(0.5, 0), 0.5, np.nextafter(1.0, 0)])
-    got = sampling.inverse_cdf(z.expand(4, -1), torch.from_numpy(u))
+    got, total = sampling.inverse_cdf(z.softmax(-1).expand(4, -1), torch.from_numpy(u))
     assert got.tolist() == [1, 1, 3, 3]
+    assert total.tolist() == [1.0] * 4
 
 
 def test_last_uniform_before_one_never_overruns_whatever_the_mass_rounds_to() -> None:
     z = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32))
     z[:, 40:] = -torch.inf
-    got = sampling.inverse_cdf(z, torch.full((200,), float(np.nextafter(1.0, 0)), dtype=torch.float64))
+    last = torch.full((200,), float(np.nextafter(1.0, 0)), dtype=torch.float64)
+    got, _ = sampling.inverse_cdf(z.softmax(-1), last)
     assert int(got.max()) <= 39
 
 

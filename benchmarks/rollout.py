@@ -1,0 +1,191 @@
+"""`python -m benchmarks.rollout`: how fast the student samples, next to transformers' generate on the same weights and
+prompts. What the keys mean is in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import models
+from student_trainer.rollout.config import RolloutConfig
+from student_trainer.rollout.torch_sampler import TorchSampler
+from student_trainer.types import Prompt
+
+VOCABULARY = 32_000
+STOP_IDS = tuple(range(2, 2 + VOCABULARY // 64))  # about one token in 64 ends a completion
+FULL = {"sequences": 16, "prompt": 98, "new_tokens": 128}  # of the step in benchmarks.pipeline
+
+
+@dataclass(frozen=True)
+class Sizes:
+    sequences: int = 96
+    shortest: int = 16  # prompt
+    longest: int = 240
+    new_tokens: int = 256
+    at_once: tuple[int, ...] = (32, 16)  # sequences; ours: the first
+    rounds: int = 3
+
+
+QUICK = Sizes(sequences=6, longest=32, new_tokens=16, at_once=(4, 2), rounds=1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Completions of `prompts`, until a stop id or `new_tokens`."""
+
+    model: Any
+    prompts: list[Prompt]
+    new_tokens: int
+    stop_ids: tuple[int, ...]
+
+    def ours(self, at_once: int, number: int) -> int:
+        """Samples all of them; tokens that were sampled."""
+        config = RolloutConfig(max_new_tokens=self.new_tokens, batch_sequences=at_once)
+        sampler = TorchSampler(
+            self.model,
+            eos_token_ids=self.stop_ids,
+            pad_token_id=0,
+            vocabulary_size=VOCABULARY,
+            config=config,
+            seed=number,
+        )
+        return sum(r.num_tokens for r in sampler.sample(self.prompts, range(len(self.prompts))))
+
+    def generate(self, at_once: int, number: int) -> int:
+        """The same with transformers: batches of like length, padded on the left."""
+        torch.manual_seed(number)
+        ordered = sorted(self.prompts, key=lambda prompt: len(prompt.token_ids))
+        tokens = 0
+        for start in range(0, len(ordered), at_once):
+            batch = [torch.from_numpy(p.token_ids).long() for p in ordered[start : start + at_once]]
+            width = max(len(ids) for ids in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, prompt in enumerate(batch):
+                ids[row, width - len(prompt) :] = prompt
+                mask[row, width - len(prompt) :] = 1
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=self.new_tokens,
+                eos_token_id=list(self.stop_ids) or None,
+                pad_token_id=0,
+                use_cache=True,
+            )
+            is_stop = np.isin(out[:, width:].numpy(), self.stop_ids)
+            tokens += sum(int(row.argmax()) + 1 if row.any() else len(row) for row in is_stop)
+        return tokens
+
+
+def per_s(work: Callable[[int], int], number: int) -> float:
+    """Tokens per second."""
+    started = time.perf_counter()
+    tokens = work(number)
+    return tokens / (time.perf_counter() - started)
+
+
+def taking_turns(ways: dict[str, Callable[[int], int]], rounds: int) -> dict[str, list[float]]:
+    """Tokens per second of each way in each round, after a round to warm up."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        order = list(ways) if number % 2 else list(ways)[::-1]
+        for name in order:
+            rate = per_s(ways[name], number)
+            if number:
+                rates[name].append(rate)
+    return rates
+
+
+def task(model: Any, *, sequences: int, lengths: Sequence[int], new_tokens: int, stop_ids: tuple[int, ...]) -> Task:
+    rng = np.random.default_rng(0)
+    sizes = rng.permutation(np.linspace(lengths[0], lengths[-1], sequences).astype(np.int64))
+    prompts = [
+        Prompt(i, rng.integers(VOCABULARY // 2, VOCABULARY, size=n).astype(np.int32)) for i, n in enumerate(sizes)
+    ]
+    model.generation_config.eos_token_id = None
+    return Task(model, prompts, new_tokens, stop_ids)
+
+
+def measure(model: Any, sizes: Sizes, full: dict[str, int]) -> dict[str, Any]:
+    mixed = task(
+        model,
+        sequences=sizes.sequences,
+        lengths=(sizes.shortest, sizes.longest),
+        new_tokens=sizes.new_tokens,
+        stop_ids=STOP_IDS,
+    )
+    ways: dict[str, Callable[[int], int]] = {"ours": lambda number: mixed.ours(sizes.at_once[0], number)}
+    for at_once in sizes.at_once:
+        ways[f"generate_{at_once}"] = lambda number, at_once=at_once: mixed.generate(at_once, number)
+    everything = sizes.sequences
+    ways["ours_all"] = lambda number: mixed.ours(everything, number)
+    ways["generate_all"] = lambda number: mixed.generate(everything, number)
+    rates = taking_turns(ways, sizes.rounds)
+    figures: dict[str, Any] = {f"tokens_per_s_{name}": round(float(np.median(rates[name]))) for name in ways}
+    best = max((f"generate_{at_once}" for at_once in sizes.at_once), key=lambda name: float(np.median(rates[name])))
+    figures["speedup_vs_generate"] = ratio(rates["ours"], rates[best])
+    figures["speedup_vs_generate_all"] = ratio(rates["ours_all"], rates["generate_all"])
+    even = task(
+        model,
+        sequences=full["sequences"],
+        lengths=(full["prompt"],),
+        new_tokens=full["new_tokens"],
+        stop_ids=(),
+    )
+    rates = (
+        taking_turns(
+            {"ours": lambda n: even.ours(even_rows, n), "generate": lambda n: even.generate(even_rows, n)},
+            sizes.rounds,
+        )
+        if (even_rows := full["sequences"])
+        else {}
+    )
+    tokens = full["sequences"] * full["new_tokens"]
+    for name, values in rates.items():
+        figures[f"full_length_s_{name}"] = round(tokens / float(np.median(values)), 3)
+    figures["full_length_speedup"] = ratio(rates["ours"], rates["generate"])
+    return figures
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over the rounds."""
+    return round(float(np.median(np.array(ours) / np.array(theirs))), 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--quick", action="store_true", help="shows that it works; the figures mean nothing")
+    args = parser.parse_args()
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = models.make(Path(folder) / "student", vocabulary=VOCABULARY, hidden=128, layers=2, logit_std=1.0)
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+    full = {"sequences": 2, "prompt": 8, "new_tokens": 8} if args.quick else FULL
+    figures = measure(model, QUICK if args.quick else Sizes(), full)
+    figures["threads"] = torch.get_num_threads()
+    for name, value in figures.items():
+        print(f"{name:32} {value}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
