@@ -9,7 +9,7 @@ M candidates over all rows, m those of a chunk or slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from teacher_api.types import LOGPROB_FLOOR, Candidates, ScoreOptions
+from teacher_server.backends import row_scan
+from teacher_server.backends.row_scan import FAR
 from teacher_server.backends.topk import Blocks, top_k_by_id
 
 Head = Callable[[Tensor], Tensor]  # [n, H] -> logits [n, W], or this shard's columns of them
@@ -30,8 +32,6 @@ SLICE_BYTES = 1 << 20
 EFFICIENT_ROWS = 128
 """A product of fewer rows is bound by reading the head's weights."""
 SMALLEST_SLICE = 4  # rows: with fewer, what it costs to call each pass shows
-FAR = 30.0
-"""Nats: exponentials of logits whose largest is nearer to 0 than this can be summed as they are."""
 SMALLEST_SUM = 1e-30
 """A float32 sum of exponentials under this has lost digits to underflow and is taken again from its own maximum."""
 
@@ -177,6 +177,10 @@ class _Asked:
         return _Asked(where, self.rows[where] - rows.start, self.ids[where], offsets - offsets[0])
 
 
+_Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""Of a slice of rows: see _Chunk._pass."""
+
+
 class _Chunk:
     """The logits of a chunk of rows, taken through all passes some rows at a time: what is as wide as the logits exists
     for those rows only, and what is narrow is worked on for all rows together.
@@ -206,6 +210,9 @@ class _Chunk:
         self._k = 0 if options.top_k == "all" else min(int(options.top_k), self._known)
         self._blocks = Blocks.for_search(self._known, self._k) if self._k else None
         self._stride = self._width + (shard is not None)  # of the exponentials: see _here
+        sums_alone = not (options.entropy or options.rank or options.top_k == "all")
+        on_host = logits_nW.device.type == "cpu"
+        self._scans = sums_alone and on_host and shard is None and row_scan.available()
 
     def pieces(self, whole_nV: Tensor | None) -> Pieces:
         """Args: whole_nV: gets log p of the columns below the tokenizer's size, where they are asked for."""
@@ -214,6 +221,40 @@ class _Chunk:
         everyones_n = None
         if self._options.rank:
             everyones_n = token_n if self._shard is None else self._shard.token(token_n)
+        scanned = self._scanned() if self._scans else self._passed(everyones_n, whole_nV)
+        top_n, base_n, sum_n, rest_n, topk_nK, ids_nK, mean_n, larger_n = scanned
+        few = 0 if self._options.top_k == "all" else int(self._options.top_k) - self._k  # a narrow shard's
+        return Pieces(
+            top=top_n,
+            lse=_log_from_top(sum_n, top_n, base_n),
+            token=token_n - top_n,
+            tail=self._log_tail(rest_n, top_n, base_n, ids_nK),
+            topk=pad(topk_nK - top_n[:, None], (0, few), value=-torch.inf),
+            topk_ids=pad(ids_nK + self._first, (0, few), value=-1),
+            candidates=self._at(self._asked.rows, self._columns_m) - top_n[self._asked.rows],
+            mean=mean_n,
+            larger=larger_n,
+        )
+
+    def _scanned(self) -> _Found:
+        """As `_passed`, in one compiled pass over each row."""
+        step = self._num_rows
+        as_they_are = self._logits_nW.dtype == torch.float32 and self._options.temperature == 1.0
+        if not (as_they_are and self._logits_nW.is_contiguous()):  # they are made anew
+            step = max(SMALLEST_SLICE, SLICE_BYTES // (4 * self._width))
+        parts = []
+        for start in range(0, self._num_rows, step):
+            rows = slice(start, min(start + step, self._num_rows))
+            offsets = self._asked.offsets[start : rows.stop + 1]
+            ids_m = self._columns_m[int(offsets[0]) : int(offsets[-1])]
+            found = row_scan.scan(
+                self._z(rows).contiguous(), self._known, self._k, self._columns_n[rows], ids_m, offsets - offsets[0]
+            )
+            parts.append((found.top, found.base, found.sum, found.rest, found.topk, found.topk_ids, None, None))
+        return _joined(parts)
+
+    def _passed(self, everyones_n: Tensor | None, whole_nV: Tensor | None) -> _Found:
+        """What `_pass` gives, of all rows."""
         named_n = self._here(self._columns_n)
         named_m = self._asked.rows * self._stride + self._here(self._columns_m)
         step = self._num_rows
@@ -235,21 +276,7 @@ class _Chunk:
                     None if whole_nV is None else whole_nV[rows],
                 )
             )
-        top_n, base_n, sum_n, rest_n, topk_nK, ids_nK, mean_n, larger_n = (
-            x[0] if len(x) == 1 or x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)
-        )
-        few = 0 if self._options.top_k == "all" else int(self._options.top_k) - self._k  # a narrow shard's
-        return Pieces(
-            top=top_n,
-            lse=_log_from_top(sum_n, top_n, base_n),
-            token=token_n - top_n,
-            tail=self._log_tail(rest_n, top_n, base_n, ids_nK),
-            topk=pad(topk_nK - top_n[:, None], (0, few), value=-torch.inf),
-            topk_ids=pad(ids_nK + self._first, (0, few), value=-1),
-            candidates=self._at(self._asked.rows, self._columns_m) - top_n[self._asked.rows],
-            mean=mean_n,
-            larger=larger_n,
-        )
+        return _joined(parts)
 
     def _pass(
         self,
@@ -259,7 +286,7 @@ class _Chunk:
         named_m: Tensor | None,
         everyones_n: Tensor | None,
         whole_nV: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> _Found:
         """Of a slice of rows: top, base, Σ exp(z − base) over all columns and over those that the answer does not name,
         the top-k and their ids, Σ p z, and how many columns are larger than the actual token's.
 
@@ -346,6 +373,16 @@ class _Chunk:
         if self._options.temperature != 1.0:
             z_m = z_m / self._options.temperature
         return torch.where((columns_m >= 0) & (columns_m < self._width), z_m, -torch.inf)
+
+
+def _joined(parts: Sequence[_Found]) -> _Found:
+    """Of consecutive slices of rows, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    top, base, total, rest, topk, ids, means, larger = zip(*parts, strict=True)
+    narrow = [torch.cat(x) for x in (top, base, total, rest, topk, ids)]
+    asked = [None if x[0] is None else torch.cat(x) for x in (means, larger)]
+    return (*narrow, *asked)  # type: ignore[return-value]
 
 
 def _log_from_top(sum_n: Tensor, top_n: Tensor, base_n: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""The row scorer against its definition in numpy float64, and its bounds on memory."""
+"""The row scorer against its definition in numpy float64, and its bounds on memory: by the compiled scan of a CPU, and
+by the passes that torch makes where there is none."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_api.types import LOGPROB_FLOOR, Candidates, ScoreOptions
+from teacher_server.backends import row_scan
 from teacher_server.backends.rows import auto_chunk_rows, score_rows
 from teacher_server.backends.topk import top_k_by_id
 
 F64 = npt.NDArray[np.float64]
+
+
+@pytest.fixture(scope="module", params=["scan", "passes"], autouse=True)
+def _way(request) -> Iterator[None]:
+    assert row_scan.available(), "numba comes with vLLM"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_scan, "available", lambda: request.param == "scan")
+        yield
 
 
 def clone(hidden: torch.Tensor) -> torch.Tensor:
