@@ -107,6 +107,12 @@ class TrainSection(Section):
     updates: int = Field(1, ge=1, le=64)
     """Optimizer updates from each step's samples. From the second on they are older than the weights: see
     policy_gradient's clip, loss.staleness and loss.ratio_bounds."""
+    schedule: Literal["sequential", "strict", "async"] = "strict"
+    """sequential: sample, score, learn, one after the other. strict: each sample goes to its teacher when it is
+    finished, and learning begins when the first micro-batch is scored; the results are the same, bit for bit. async:
+    the next train.max_staleness steps are sampled meanwhile, from weights that are as many steps older."""
+    max_staleness: int = Field(0, ge=0, le=64)
+    """With schedule async: most optimizer steps between the weights that sample and those that learn."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Everything random is a pure function of this and of the step or sample number."""
     output_dir: str = "runs/train"
@@ -126,6 +132,15 @@ class TrainSection(Section):
     """Bit-reproducible on the same machine: deterministic kernels, a fixed number of threads."""
     max_bad_steps: int = Field(5, ge=1)
     """Stop with an error after this many steps in a row without a finite loss and gradient. Such steps are skipped."""
+
+    @model_validator(mode="after")
+    def _staleness_of_async(self) -> TrainSection:
+        if (self.max_staleness > 0) != (self.schedule == "async"):
+            expected = "at least 1" if self.schedule == "async" else "0: nothing is sampled ahead"
+            raise ValueError(
+                f"max_staleness: got {self.max_staleness} with train.schedule {self.schedule}, expected {expected}"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -208,6 +223,7 @@ class TrainConfig(Section):
                 "completion"
             )
         self._no_idle_ratios()
+        self._schedule_that_can_be()
         if self.eval.data is not None and "every" not in self.eval.model_fields_set:
             raise ValueError(
                 "eval.every: not set, but eval.data is; expected the steps between evaluations, or 0 for none"
@@ -242,6 +258,22 @@ class TrainConfig(Section):
                     "is sampled"
                 )
 
+    def _schedule_that_can_be(self) -> None:
+        """async: a part that needs the others to stand still."""
+        if self.train.schedule != "async":
+            return
+        if self.rollout.engine == "vllm":
+            raise ValueError(
+                "train.schedule: got async with rollout.engine vllm, expected strict: that engine sleeps while the "
+                "student learns"
+            )
+        for name, one in self.all_teachers.items():
+            if one.refresh_every:
+                raise ValueError(
+                    f"train.schedule: got async with {prefix(name)}.refresh_every {one.refresh_every}, expected "
+                    "strict: steps that are sampled ahead would be scored by the teacher before"
+                )
+
     def _no_idle_ratios(self) -> None:
         """Corrections for samples of another policy, where all are of the one that is trained or nothing is sampled;
         prompts, where there are none."""
@@ -259,7 +291,8 @@ class TrainConfig(Section):
             what = "one token, whose ratio says nothing" if rollout.greedy else "from q_old itself"
             raise ValueError(f"loss.behaviour: got weight, expected none: rollout's {how} {what}")
         dropout = self.student.dropout or self.student.lora.dropout
-        fresh = self.train.updates == 1 and rollout.engine == "torch" and not dropout
+        in_step = self.train.updates == 1 and self.train.schedule != "async"
+        fresh = in_step and rollout.engine == "torch" and not dropout
         for key in ("staleness", "ratio_bounds"):
             value = getattr(loss, key)
             if fresh and value not in (None, "none"):
@@ -280,7 +313,7 @@ FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "teachers": _OF_A_TEACHER,
     "train": (
         "steps", "epochs", "micro_batch_tokens", "micro_batch_size", "packing", "share_prompt", "loss_chunk_rows",
-        "output_dir", "num_processes", "threads", "max_bad_steps", "strategy", "cpu_offload",
+        "output_dir", "num_processes", "threads", "max_bad_steps", "strategy", "cpu_offload", "schedule",
     ),
     "eval": (),
     "checkpoint": ("*",),

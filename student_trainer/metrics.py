@@ -1,12 +1,13 @@
-"""Figures of a step: what the rollouts and scores say by themselves, and where the time went. The objective's own
+"""Figures of a step: what the rollouts and scores say by themselves. The objective's own
 metrics come from its chunks; here everything is put on one scale and reduced over ranks.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from student_trainer.console import SampleRow
 from student_trainer.losses import importance
@@ -15,23 +16,6 @@ from student_trainer.types import Metrics, ScoredRollout
 
 SHOWN_CHARACTERS = 600
 """Of a prompt or completion in the console's table."""
-
-
-class Clock:
-    """Wall-clock seconds of a step's parts."""
-
-    def __init__(self) -> None:
-        self._started = self._last = time.perf_counter()
-        self.seconds: Metrics = {}
-
-    def lap(self, name: str) -> None:
-        """The time since the last lap was spent on `name`."""
-        now = time.perf_counter()
-        self.seconds[f"seconds_{name}"] = now - self._last
-        self._last = now
-
-    def read(self) -> Metrics:
-        return {**self.seconds, "seconds": time.perf_counter() - self._started}
 
 
 def of_rollouts(scored: Sequence[ScoredRollout], sum_metrics: Callable[[Metrics], Metrics]) -> Metrics:
@@ -69,6 +53,32 @@ def of_rollouts(scored: Sequence[ScoredRollout], sum_metrics: Callable[[Metrics]
     return found | (
         {"turns": sums["turns"] / talks, "environment_tokens": sums["environment"] / talks} if talks else {}
     )
+
+
+def of_staleness(
+    scored: Sequence[ScoredRollout], step: int, dropped: int, sum_metrics: Callable[[Metrics], Metrics]
+) -> Metrics:
+    """Of the sampled tokens that `step` learns from: mean and largest number of optimizer steps between the weights
+    that sampled a token and those that learn it, and each number's share (`staleness_0`, …); and samples made again
+    for their age.
+
+    Args:
+        sum_metrics: adds up a dict over ranks.
+    """
+    counts: Metrics = {"dropped": float(dropped)}
+    for s in scored:
+        versions = s.rollout.versions
+        ages = step - versions[versions >= 0] if versions is not None else np.zeros(0, dtype=np.int64)
+        for age, num in zip(*np.unique(ages, return_counts=True), strict=True):
+            add(counts, {f"{age:d}": float(num)})
+    counts = sum_metrics(counts)
+    found = {"dropped_samples": counts.pop("dropped")}
+    total = sum(counts.values())
+    if total:
+        found["staleness_mean"] = sum(int(age) * num for age, num in counts.items()) / total
+        found["staleness_max"] = float(max(int(age) for age in counts))
+        found |= {f"staleness_{age}": num / total for age, num in counts.items()}
+    return found
 
 
 def means(sums: Metrics) -> Metrics:

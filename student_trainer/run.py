@@ -34,6 +34,10 @@ from student_trainer.losses.base import AnyObjective, Needs
 from student_trainer.optim import Optimizer, StateSource
 from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.choose import choose
+from student_trainer.pipeline import schedule
+from student_trainer.pipeline.arrivals import Arrivals
+from student_trainer.pipeline.copied import Copied
+from student_trainer.pipeline.timeline import Timeline
 from student_trainer.rollout import engines
 from student_trainer.rollout.base import RolloutEngine
 from student_trainer.student import Student
@@ -42,7 +46,7 @@ from student_trainer.teachers.config import prefix
 from student_trainer.teachers.panel import Panel, connect
 from student_trainer.teachers.past import PastTeachers
 from student_trainer.tracking import METRICS_FILE, Tracker, check_installed, read_metrics
-from student_trainer.types import Metrics, ScoredRollout
+from student_trainer.types import Metrics
 from teacher_api.types import TeacherInfo
 
 SAMPLES_SHOWN = 3
@@ -74,6 +78,8 @@ class Run:
     start: resume.Start
     warnings: list[str]
     longest_tokens: int
+    timeline: Timeline
+    copied: Copied | None = None  # weights to sample from while others change
     tracker: Tracker | None = None  # from `begin` on
     claim: IO[str] | None = None  # of the output directory; on the main rank, from `begin` on
     step: int = 0  # optimizer steps done
@@ -94,6 +100,16 @@ class Run:
     @property
     def run_dir(self) -> Path:
         return Path(self.config.train.output_dir)
+
+    @property
+    def learns_early(self) -> bool:
+        """Whether a micro-batch can be learned from before the step's last sample is scored."""
+        return not (self.strategy.collective_passes or self.objective.looks_at_whole_steps)
+
+    @property
+    def sampled_from(self) -> Student:
+        """With the weights that samples come from, for forward passes that belong to sampling."""
+        return self.copied.student if self.copied is not None else self.strategy.plain
 
     @property
     def chunk_rows(self) -> int:
@@ -121,17 +137,20 @@ class Run:
             is_main=self.dist.is_main,
         )
 
-    def report(self, scored: Sequence[ScoredRollout], learned: Metrics, clock: metrics.Clock) -> None:
+    def report(self, samples: Arrivals, learned: Metrics) -> None:
         """Metrics of the step that `step` now counts, reduced over ranks, to the console and the trackers."""
-        figures = metrics.of_rollouts(scored, self.dist.sum_metrics)
+        scored, add_up = samples.all(), self.dist.sum_metrics
+        figures = metrics.of_rollouts(scored, add_up)
         self.tokens += int(figures["tokens"])
-        figures |= {**self.scorer.figures(self.dist.sum_metrics), **self.past.figures()}
+        figures |= {**self.scorer.figures(add_up, samples.sums), **self.past.figures()}
+        if self.config.train.schedule == "async":
+            figures |= metrics.of_staleness(scored, samples.step, samples.dropped, add_up)
         figures = {**learned, **figures, "total_tokens": float(self.tokens)}
         if any(source.overlong == "drop" for source in self.config.data.sources):
             figures["dropped_prompts"] = float(self.prompts.dropped().total)
         figures["total_skipped"] = float(self.bad_steps.total)
         alarms, begun = self.alarms.look(figures)
-        figures = {**figures, **alarms, **clock.read()}
+        figures = {**figures, **alarms, **self.timeline.figures()}
         checkpoint.require_measured(self.config.checkpoint, figures)
         self.figures = figures
         for alarm in begun:
@@ -255,6 +274,7 @@ class Run:
                 checkpoint.export(place, model=model, tokenizer=self.student.tokenizer, card=card)
 
     def close(self) -> None:
+        self.timeline.write_trace(self.run_dir, self.dist.rank)
         self.console.close()
         if self.tracker is not None:
             self.tracker.close()
@@ -288,6 +308,7 @@ def prepare(
     hub.check(config.checkpoint)
     objective = build(config.loss)
     strategy = choose(config, dist)
+    schedule.check(config, strategy, dist.world)
     goes_on_from = _going_on_from(config, start)
     student = students.load(config.student, dist.device, seed=config.train.seed, checkpoint=goes_on_from)
     student = packing_check.applied(student, config)
@@ -309,6 +330,7 @@ def prepare(
         warnings += [*start.warnings, *fits.warnings(config, prompts, scorer.needs), *_told(student)]
         if start.checkpoint is not None:
             checkpoint.load_model_weights(start.checkpoint, student.model)
+        copied = Copied(student) if schedule.needs_copy(config, scorer.needs) else None
         return Run(
             config=config,
             dist=dist,
@@ -316,7 +338,8 @@ def prepare(
             prompts=prompts,
             mix=Mix(config.data.on_policy_fraction, config.data.mix, config.train.seed),
             evaluator=_evaluator(config, dist, student),
-            sampler=engines.make(config, student),
+            sampler=engines.make(config, copied.student if copied and config.rollout.engine == "torch" else student),
+            copied=copied,
             scorer=scorer,
             past=past,
             objective=objective,
@@ -326,6 +349,7 @@ def prepare(
             console=Console(is_main=dist.is_main, total_steps=config.train.steps, first_step=start.step),
             warnings=warnings,
             longest_tokens=longest,
+            timeline=Timeline(config.tracking.trace_steps),
             **_counts(config, start),
         )
     except BaseException:

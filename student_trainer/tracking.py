@@ -46,6 +46,17 @@ class TrackingConfig(Section):
     """Steps between lines of metrics."""
     samples_every: int = Field(10, ge=0)
     """Steps between tables of completions on the console; 0: none."""
+    trace_steps: tuple[int, int] | None = None
+    """First and last step (counted as in metrics.jsonl) of which output_dir/trace.json shows who was busy when, for
+    ui.perfetto.dev or chrome://tracing; further processes write trace-rank1.json and so on. Unset: none is written."""
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> Self:
+        if self.trace_steps is not None and not 1 <= self.trace_steps[0] <= self.trace_steps[1]:
+            raise ValueError(
+                f"trace_steps: got {list(self.trace_steps)}, expected the first and the last step, such as [3, 5]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> Self:

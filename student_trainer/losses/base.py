@@ -152,6 +152,12 @@ class Objective(ABC, Generic[ConfigT]):
         Called once a step by every rank, with all of its samples."""
         return None
 
+    @property
+    def looks_at_whole_steps(self) -> bool:
+        """Whether what `prepare` says of a sample depends on others, so that nothing can be learned before a step's
+        last sample is scored."""
+        return type(self).prepare is not Objective.prepare
+
     @abstractmethod
     def per_token(self, inputs: LossInputs) -> PerToken:
         """Value [N] at each position, to be minimised, and metrics. Each position's value may depend on its own row

@@ -35,7 +35,19 @@ def token_weights(
         masks: of any subset of the batch: a rank's samples, or one micro-batch.
         global_counts: `count` over the whole batch, summed over ranks.
     """
-    num_tokens, num_sequences = (max(float(c), 1.0) for c in global_counts)
+    whole = divisor(global_counts, normalise)
     if normalise == "token":
-        return [(mask / num_tokens).astype(np.float32) for mask in masks]
-    return [(mask / (max(int(mask.sum()), 1) * num_sequences)).astype(np.float32) for mask in masks]
+        return [(mask / whole).astype(np.float32) for mask in masks]
+    return [(mask / (max(int(mask.sum()), 1) * whole)).astype(np.float32) for mask in masks]
+
+
+def undivided(masks: Sequence[BoolArray], normalise: Literal["token", "sequence"]) -> list[FloatArray]:
+    """`token_weights` times `divisor`: all that can be said of a sample while others are still to come."""
+    if normalise == "token":
+        return [mask.astype(np.float32) for mask in masks]
+    return [(mask / max(int(mask.sum()), 1)).astype(np.float32) for mask in masks]
+
+
+def divisor(global_counts: Counts, normalise: Literal["token", "sequence"]) -> float:
+    """What a loss or gradient of `undivided` weights is to be divided by."""
+    return max(float(global_counts[0 if normalise == "token" else 1]), 1.0)

@@ -43,6 +43,10 @@ class Total(Objective[LossConfig]):
     def prepare(self, scored: Sequence[ScoredRollout], all_reduce_sum: AllReduceSum) -> list[FloatArray] | None:
         return self.objective.prepare(scored, all_reduce_sum)
 
+    @property
+    def looks_at_whole_steps(self) -> bool:
+        return self.objective.looks_at_whole_steps
+
     def per_token(self, inputs: LossInputs) -> PerToken:
         cross_entropy, own = self.config.totals
         result = self.objective.per_token(inputs)

@@ -21,6 +21,8 @@ class Replicated:
     """One process, or data parallelism with whole copies (`ddp`): gradients are summed once per step."""
 
     name = "ddp"
+    collective_passes = False
+    """Whether all ranks take part in every forward and backward pass."""
     optimizer: Optimizer
     plain: Student
     """The student as it was loaded: for forward passes inside `whole`, which no other rank takes part in."""
@@ -57,6 +59,12 @@ class Replicated:
     def sum_gradients(self) -> None:
         """Makes every gradient that this rank holds the ranks' sum, where the backward passes have not."""
         self.dist.sum_gradients(p for _, p in self.named_parameters())
+
+    def divide_gradients(self, divisor: float) -> None:
+        """Divides every gradient that this rank holds. Not where passes are collective: there losses are weighted."""
+        gradients = [p.grad for _, p in self.named_parameters() if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, 1.0 / divisor)
 
     @contextlib.contextmanager
     def whole(self, *, main_only: bool = False, on_host: bool = False) -> Iterator[None]:

@@ -21,6 +21,7 @@ from student_trainer.student import Student
 class Sharded(Replicated):
     """Subclasses set `_trained`, `_shell` and `_student` in `spread`."""
 
+    collective_passes = True
     _shell: Shell
     _student: Student
 

@@ -53,8 +53,8 @@ class ServerConfig(Section):
     address: str = ""
     """Of this machine, as the servers reach it for weights; empty: the one from which it reaches them."""
     logprob_tolerance: float = Field(0.0, ge=0.0, allow_inf_nan=False)
-    """Largest difference, in nats, between a server's logprobs of a known text and the trainer's own that a hand-over of
-    weights may leave; 0: 0.002 in float32, 0.3 in bfloat16 and float16."""
+    """Largest difference, in nats, between a server's logprobs of a known text and the trainer's own that a hand-over
+    of weights may leave; 0: 0.002 in float32, 0.3 in bfloat16 and float16."""
 
     @field_validator("urls", mode="before")
     @classmethod
@@ -124,6 +124,11 @@ class RolloutConfig(Section):
         if self.engine == "vllm-server" and not self.server.urls:
             raise ValueError("server.urls: got none with engine vllm-server, expected the servers' (rollout-serve)")
         return self
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the engine computes on devices of its own, so that it can go on while the student learns."""
+        return self.engine not in ("torch", "vllm")
 
     @property
     def is_truncated(self) -> bool:

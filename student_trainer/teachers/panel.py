@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from student_trainer import metrics, scoring
 from student_trainer.config import TrainConfig
 from student_trainer.losses.base import ROWS_OF, AnyObjective, Needs
+from student_trainer.pipeline.timeline import covered
 from student_trainer.teachers import mixture
 from student_trainer.teachers.config import ONLY, NamedTeacherConfig, TeacherConfig, domains_of, prefix
 from student_trainer.types import Metrics, Rollout, ScoredRollout
@@ -80,7 +82,7 @@ class Panel:
             for domain in domains_of(name, member.config)
         }
         self._sums: Metrics = {}
-        self._seconds: Metrics = {}
+        self._asked: SimpleQueue[tuple[str, float, float]] = SimpleQueue()  # teacher, from when, until when
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -131,27 +133,55 @@ class Panel:
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """The view of its teacher on every completion token, in the order of `rollouts`. Raises as
         TeacherScorer.score."""
-        self._sums, self._seconds = {}, {}
-        if len(self._names) == 1:
-            return self.members[self._names[0]].scorer.score(rollouts)
-        if self._by == "mixture":
-            return self._mixed(rollouts)
+        self._sums = {}
+        if len(self._names) == 1 or self._by == "mixture":
+            scored, self._sums = self.ask(self._only, rollouts)
+            return scored
         chosen = [self.teacher_of(rollout) for rollout in rollouts]
         parts = {n: [r for r, c in zip(rollouts, chosen, strict=True) if c == n] for n in self._names}
         views = self._at_once(lambda member: member.scorer.score(parts[member.name]))
-        self._note(views)
+        self._sums = _tokens(views)
         in_order = {name: iter(found) for name, found in views.items()}
         return [next(in_order[name]) for name in chosen]
 
-    def figures(self, sum_metrics: Callable[[Metrics], Metrics]) -> Metrics:
-        """Of the last call, by teacher: tokens it scored on all ranks, seconds on this one, and in a mixture the mean
-        of log q_old(y) − log p(y) and its mass on the support. Nothing where there is one teacher."""
+    @property
+    def _only(self) -> str:
+        """The queue of all samples, where there is one."""
+        return self._names[0] if len(self._names) == 1 else ONLY
+
+    def route(self, rollout: Rollout) -> str:
+        """The queue that a sample waits in (pipeline.feed): its teacher's, or that of all of them. Raises as
+        `teacher_of`."""
+        return self.teacher_of(rollout)
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Of each queue: requests in flight at a time, and completions in one."""
+        widths = {n: (m.config.max_concurrency, m.config.request_sequences) for n, m in self.members.items()}
+        if self._by == "mixture" and len(widths) > 1:
+            width, most = zip(*widths.values(), strict=True)
+            return {ONLY: (min(width), min(most))}
+        return widths
+
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Metrics]:
+        """The scores of samples of the queue `name`, and what `figures` is to be given of them. Threads may share it.
+        Raises as TeacherScorer.score."""
+        if self._by == "mixture" and len(self._names) > 1:
+            return self._mixed(rollouts)
+        scored = self._timed(lambda member: member.scorer.score(rollouts), self.members[name])
+        return scored, _tokens({name: scored}) if len(self._names) > 1 else {}
+
+    def figures(self, sum_metrics: Callable[[Metrics], Metrics], sums: Metrics | None = None) -> Metrics:
+        """By teacher: tokens it scored on all ranks, and in a mixture the mean of log q_old(y) − log p(y) and its mass
+        on the support, from the sums that `ask` gave (by default, those of the last `score`); and the seconds since the
+        last call in which it was asked something on this rank. Nothing where there is one teacher."""
+        spans = [self._asked.get() for _ in range(self._asked.qsize())]
         if len(self._names) == 1:
             return {}
-        sums = sum_metrics(self._sums)
-        rows = {key.removeprefix(ROWS_OF): sums.pop(key) for key in list(sums) if key.startswith(ROWS_OF)}
-        means = {key: value / rows.get(key, 1.0) for key, value in sums.items() if rows.get(key, 1.0)}
-        return {**means, **self._seconds}
+        summed = sum_metrics(self._sums if sums is None else sums)
+        rows = {key.removeprefix(ROWS_OF): summed.pop(key) for key in list(summed) if key.startswith(ROWS_OF)}
+        means = {key: value / rows.get(key, 1.0) for key, value in summed.items() if rows.get(key, 1.0)}
+        asked = {name: [(start, stop) for who, start, stop in spans if who == name] for name in self._names}
+        return {**means, **{f"{name}/seconds": covered(times) for name, times in asked.items() if times}}
 
     def reconnect(self, name: str, url: str) -> None:
         """Another teacher takes the place of the one called `name`, after a handshake of its own.
@@ -168,7 +198,7 @@ class Panel:
         for member in self.members.values():
             member.scorer.close()
 
-    def _mixed(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    def _mixed(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Metrics]:
         """Everybody scores everything: once where all answer for the same ids, and else a second time, for the union
         of what each found likely. Only there can the tail of that union be computed."""
         views = self._at_once(lambda member: member.scorer.score(rollouts))
@@ -183,19 +213,14 @@ class Panel:
             ]
         else:
             mixed = [mixture.mix(sample, self._log_weights) for sample in of_samples]
-        self._note(views)
+        sums = _tokens(views)
         for name, found in views.items():
-            metrics.add(self._sums, _in_the_mixture(name, found))
-        return [ScoredRollout(r, scores) for r, scores in zip(rollouts, mixed, strict=True)]
+            metrics.add(sums, _in_the_mixture(name, found))
+        return [ScoredRollout(r, scores) for r, scores in zip(rollouts, mixed, strict=True)], sums
 
     @property
     def _is_sparse(self) -> bool:
         return all(member.scorer.options.top_k not in (0, "all") for member in self.members.values())
-
-    def _note(self, views: Mapping[str, Sequence[ScoredRollout]]) -> None:
-        self._sums = {
-            f"{name}/tokens": float(sum(v.rollout.num_tokens for v in found)) for name, found in views.items()
-        }
 
     def _at_once(self, ask: Callable[[Member], T]) -> dict[str, T]:
         """What `ask` gives for each member, asked in threads of their own. The first failure is raised at once; the
@@ -207,15 +232,19 @@ class Panel:
         return {name: found[name] for name in self._names}
 
     def _answer(self, future: concurrent.futures.Future[T], ask: Callable[[Member], T], member: Member) -> None:
-        started = time.monotonic()
         try:
-            result = ask(member)
+            result = self._timed(ask, member)
         except BaseException as error:  # carried to the thread that waits
             future.set_exception(error)
             return
-        key = f"{member.name}/seconds"
-        self._seconds[key] = self._seconds.get(key, 0.0) + time.monotonic() - started
         future.set_result(result)
+
+    def _timed(self, ask: Callable[[Member], T], member: Member) -> T:
+        started = time.monotonic()
+        try:
+            return ask(member)
+        finally:
+            self._asked.put((member.name, started, time.monotonic()))
 
 
 def connect(
@@ -306,6 +335,10 @@ def named(name: str) -> Iterator[None]:
         yield
     except scoring.HandshakeError as error:
         raise scoring.HandshakeError(f"teachers.{name}: {error}") if name else error from error
+
+
+def _tokens(views: Mapping[str, Sequence[ScoredRollout]]) -> Metrics:
+    return {f"{name}/tokens": float(sum(v.rollout.num_tokens for v in found)) for name, found in views.items()}
 
 
 def _values_alone(member: Member) -> ScoreOptions:

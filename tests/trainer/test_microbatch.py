@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.microbatch import divide
+from student_trainer.microbatch import PADDED_WINDOW, InOrder, divide, divide_in_order
 from student_trainer.packing import PREFIX_WEIGHT, Packing, Row
-from student_trainer.types import Prompt, Rollout
+from student_trainer.types import Prompt, Rollout, ScoredRollout
+from teacher_api.types import Scores
 
 PADDED, PACKED = Packing(), Packing(packed=True)
 SHARED = Packing(packed=True, shared=True, min_saved_tokens=8)
@@ -56,6 +57,63 @@ def test_nobody_is_lost_and_the_budget_holds(
     for batch in batches:
         assert len(batch) == 1 or cost([rollouts[i] for i in batch], packing) <= max_tokens
         assert not max_sequences or len(batch) <= max_sequences
+
+
+def scored(rollouts: list[Rollout], teachers: str = "") -> list[ScoredRollout]:
+    """Each by the teacher that a letter of `teachers` names."""
+    found = []
+    for index, rollout in enumerate(rollouts):
+        start = len(rollout.prompt.token_ids)
+        positions = np.arange(start, start + rollout.num_tokens, dtype=np.int32)
+        values = np.zeros(rollout.num_tokens, dtype=np.float32)
+        found.append(
+            ScoredRollout(rollout, Scores(str(index), positions, values, values), (teachers or "x" * 99)[index % 99])
+        )
+    return found
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(1, 30)), max_size=30),
+    st.integers(1, 150),
+    st.integers(0, 5),
+    st.sampled_from([PADDED, PACKED, SHARED]),
+    st.text("ab", min_size=99, max_size=99),
+    st.integers(0, 30),
+)
+def test_division_in_order_knows_nothing_of_what_is_to_come(
+    shapes: list[tuple[int, int, int]], max_tokens: int, max_sequences: int, packing: Packing, teachers: str, seen: int
+) -> None:
+    """Nobody is lost, the budget holds, a micro-batch has one teacher, and what is given out after some samples is the
+    same whatever follows them."""
+    samples_ = scored(samples(shapes), teachers)
+    batches = divide_in_order(samples_, max_tokens, max_sequences, packing)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(shapes)))
+    for batch in batches:
+        assert len({samples_[i].teacher for i in batch}) == 1
+        assert len(batch) == 1 or cost([samples_[i].rollout for i in batch], packing) <= max_tokens
+        assert not max_sequences or len(batch) <= max_sequences
+    division = InOrder(max_tokens, max_sequences, packing)
+    early = [batch for i, sample in enumerate(samples_[:seen]) for batch in division.add(i, sample)]
+    assert batches[: len(early)] == early
+
+
+def test_a_packed_micro_batch_is_complete_when_the_next_sample_finds_no_room() -> None:
+    division = InOrder(100, 0, PACKED)
+    given_out = [division.add(i, s) for i, s in enumerate(scored(samples([(0, 9, 40), (0, 9, 40), (0, 9, 40)])))]
+    assert given_out == [[], [], [[0, 1]]]
+    assert division.rest() == [[2]]
+    limited = InOrder(100, 2, PACKED)
+    assert [limited.add(i, s) for i, s in enumerate(scored(samples([(0, 1, 4)] * 3)))] == [[], [[0, 1]], []]
+
+
+def test_padded_micro_batches_are_sorted_by_length_within_a_window() -> None:
+    """Long and short samples in turn: at most one micro-batch of a window has both."""
+    lengths = (100, 2) * 20
+    batches = divide_in_order(scored(samples([(0, 0, num - 1) for num in lengths])), 200, 0, PADDED)
+    waste = sum(len(b) * max(lengths[i] for i in b) - sum(lengths[i] for i in b) for b in batches)
+    windows = -(-sum(lengths) // (200 * PADDED_WINDOW - max(lengths)))
+    assert waste <= 98 * windows
+    assert max(abs(i - j) for b in batches for i in b for j in b) < 16  # of one window
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60))

@@ -15,7 +15,7 @@ from serving import serving
 
 from student_trainer import cli, metrics, scoring
 from student_trainer.config import TrainConfig, differences, experiment
-from student_trainer.microbatch import divide_by_teacher
+from student_trainer.microbatch import divide_in_order
 from student_trainer.packing import Packing
 from student_trainer.teachers.config import NamedTeacherConfig
 from student_trainer.teachers.panel import Member, Panel, drawn
@@ -164,9 +164,9 @@ def test_micro_batches_hold_one_teachers_samples() -> None:
         replace(view, teacher=teacher)
         for view, teacher in zip(Scorer("", -1.0).score(rollouts(*"abab")), "abab", strict=True)
     ]
-    batches = divide_by_teacher(scored, 10, 0, Packing())  # sequences of 5 tokens
+    batches = divide_in_order(scored, 10, 0, Packing())  # sequences of 5 tokens
     assert batches == [[0, 2], [1, 3]]
-    assert divide_by_teacher([replace(s, teacher="") for s in scored], 10, 0, Packing()) == [[0, 1], [2, 3]]
+    assert divide_in_order([replace(s, teacher="") for s in scored], 10, 0, Packing()) == [[0, 1], [2, 3]]
 
 
 def test_figures_of_a_teacher_are_means_over_its_own_tokens() -> None:

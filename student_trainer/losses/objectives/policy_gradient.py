@@ -69,6 +69,10 @@ class PolicyGradient(SampledToken[PolicyGradientConfig]):
             advantages = center(advantages, masks, [s.rollout.prompt.index for s in scored], all_reduce_sum)
         return [np.where(s.rollout.sampled, a, 0.0).astype(np.float32) for s, a in zip(scored, advantages, strict=True)]
 
+    @property
+    def looks_at_whole_steps(self) -> bool:
+        return self.config.center != "none"
+
     def of_token(self, inputs: LossInputs, log_q_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if inputs.advantage is None:
             raise ValueError("policy_gradient: no advantages; call prepare() on the whole step's samples first")

@@ -1,0 +1,241 @@
+"""`python -m benchmarks.pipeline_simulated`: the trainer's own schedules (threads, queues, division into micro-batches)
+around an engine, teachers and a learner that only take time. Real threads that sleep. Keys: benchmarks/README.md.
+
+The engine has SLOTS that decode one token in a fixed time each; the teacher takes WIDTH requests at a time and works on
+one of them, the learner on one micro-batch. Score and learn costs go by length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from student_trainer.microbatch import InOrder
+from student_trainer.packing import Packing
+from student_trainer.pipeline.schedule import Draw, Send, scheduled
+from student_trainer.pipeline.timeline import Timeline
+from student_trainer.types import Metrics, Prompt, Rollout, ScoredRollout
+from teacher_api.types import Scores
+
+SAMPLES, SLOTS, WIDTH, MEMBERS = 32, 8, 8, 2
+"""Samples of a step; decoded at once; requests at the teacher at once; samples of a micro-batch."""
+UNIT_S = 1.0
+"""Seconds that a part of ratio 1 takes for a whole step, working alone."""
+RATIOS = {
+    "sample 4": (4, 1, 1), "score 4": (1, 4, 1), "learn 4": (1, 1, 4), "sample 2": (2, 1, 1), "score 2": (1, 2, 1),
+    "learn 2": (1, 1, 2), "sample idle": (1, 2, 2), "score idle": (2, 1, 2), "learn idle": (2, 2, 1), "all": (1, 1, 1),
+}  # fmt: skip
+"""Of sampling, scoring and learning."""
+MEAN = 100
+LENGTHS = ("equal", "uniform", "lognormal", "bimodal")
+ASYNC_STEPS, WARM_STEPS = 12, 2
+TRIES = 3
+"""Of which the fastest counts: what else the machine does only ever adds."""
+AT_ONCE = 40
+PADDED = Packing()
+NOTHING = np.zeros(0, dtype=np.float32)
+
+
+def lengths(kind: str, step: int, count: int = SAMPLES) -> np.ndarray:
+    """Tokens of a step's completions, with a mean of about MEAN."""
+    generator = np.random.Generator(np.random.Philox(key=[LENGTHS.index(kind), step]))
+    drawn = {
+        "equal": np.full(count, MEAN),
+        "uniform": generator.uniform(1, 2 * MEAN, count),
+        "lognormal": np.minimum(generator.lognormal(np.log(MEAN) - 0.5 * 0.7**2, 0.7, count), 5 * MEAN),
+        "bimodal": np.where(generator.random(count) < 0.8, MEAN / 2, 3 * MEAN),
+    }[kind]
+    return np.maximum(drawn.astype(np.int64), 1)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds per token of each part, so that a step of mean lengths takes `ratio` × UNIT_S in each, working alone."""
+
+    sample: float
+    score: float
+    learn: float
+
+    @classmethod
+    def of(cls, ratio: Sequence[float]) -> Costs:
+        sample, score, learn = (r * UNIT_S / (SAMPLES * MEAN) for r in ratio)
+        return cls(sample * SLOTS, score, learn)
+
+
+def finish_times(tokens: Sequence[int], per_token: float) -> list[float]:
+    """When each completion is finished, begun in order as slots become free."""
+    free = [0.0] * SLOTS
+    found = []
+    for count in tokens:
+        found.append(heapq.heappop(free) + count * per_token)
+        heapq.heappush(free, found[-1])
+    return found
+
+
+def until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.perf_counter()))
+
+
+class Engine:
+    """See RolloutEngine: completions of given lengths, finished when they would be."""
+
+    def __init__(self, kind: str, costs: Costs) -> None:
+        self._kind, self._costs, self._version = kind, costs, 0
+
+    def stream(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> Iterator[Rollout]:
+        begun = time.perf_counter()
+        tokens = lengths(self._kind, uids[0] // SAMPLES)
+        finished = finish_times(tokens.tolist(), self._costs.sample)
+        for place in np.argsort(finished, kind="stable"):
+            until(begun + finished[place])
+            count = int(tokens[place])
+            yield Rollout(
+                uids[place], prompts[place], np.ones(count, dtype=np.int32), "eos", NOTHING, NOTHING,
+                versions=np.full(count, self._version, dtype=np.int32),
+            )  # fmt: skip
+
+    def update(self, version: int) -> None:
+        self._version = version
+
+
+class Teacher:
+    """See feed.Asker: answers when the work would be done."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._busy = threading.Lock()
+
+    def route(self, rollout: Rollout) -> str:
+        return ""
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        return {"": (WIDTH, 1)}
+
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Metrics]:
+        with self._busy:
+            until(time.perf_counter() + sum(r.num_tokens for r in rollouts) * self._costs.score)
+        return [ScoredRollout(r, _scores(r)) for r in rollouts], {}
+
+
+def _scores(rollout: Rollout) -> Scores:
+    nothing = np.zeros(rollout.num_tokens, dtype=np.float32)
+    positions = np.arange(1, 1 + rollout.num_tokens, dtype=np.int32)
+    return Scores(id=str(rollout.uid), positions=positions, token_logprob=nothing, log_tail=nothing)
+
+
+def draw(run: Any, step: int) -> Draw:
+    first = step * SAMPLES
+    return Draw(step, {first + i: Prompt(i, np.zeros(1, dtype=np.int32)) for i in range(SAMPLES)})
+
+
+def sample(run: Any, draw: Draw, send: Send) -> None:
+    for rollout in run.sampler.stream(list(draw.own.values()), list(draw.own)):
+        send([rollout])
+
+
+def seconds(schedule: str, kind: str, costs: Costs, steps: int, staleness: int = 0) -> list[float]:
+    """Wall clock of each step of a run that does nothing but wait."""
+    run = SimpleNamespace(
+        config=SimpleNamespace(
+            train=SimpleNamespace(schedule=schedule, max_staleness=staleness, steps=steps),
+            rollout=SimpleNamespace(is_elsewhere=True),
+        ),
+        scorer=Teacher(costs), sampler=Engine(kind, costs), timeline=Timeline(), copied=None, step=0,
+    )  # fmt: skip
+    taken = []
+    with scheduled(run, draw, sample) as scheduler:  # type: ignore[arg-type]
+        began = time.perf_counter()
+        while run.step < steps:
+            samples = scheduler.begin()
+            for members in samples.micro_batches(InOrder(10**9, MEMBERS, PADDED)):
+                until(time.perf_counter() + sum(s.rollout.num_tokens for s in members) * costs.learn)
+            with scheduler.weights_move():
+                run.step += 1
+            taken.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            run.timeline.figures()  # forgets what it has
+    return taken
+
+
+def bounds(kind: str, costs: Costs) -> tuple[float, float]:
+    """Seconds that step 0 takes at the least: with micro-batches and their order as strict has them, and in any order.
+
+    A sample can be learned from when it is finished and scored. Whoever is finished at t or later is scored and learned
+    from after t, which the teacher and the learner can't do faster than all of it at once.
+    """
+    tokens = lengths(kind, 0)
+    finished = np.array(finish_times(tokens.tolist(), costs.sample))
+    ready = finished + tokens * costs.score
+    batches = [range(first, first + MEMBERS) for first in range(0, SAMPLES, MEMBERS)]
+    end = 0.0
+    for batch in batches:
+        end = max(end, max(ready[i] for i in batch)) + sum(tokens[i] for i in batch) * costs.learn
+    shortest = tokens.min() * costs.learn
+    teacher = max(t + tokens[finished >= t].sum() * costs.score + shortest for t in finished)
+    learner = max(t + tokens[ready >= t].sum() * costs.learn for t in ready)
+    return max(end, teacher), max(learner, teacher)
+
+
+def strict_point(ratio: str, kind: str) -> dict[str, float]:
+    costs = Costs.of(RATIOS[ratio])
+    least = min(seconds("strict", kind, costs, 1)[0] for _ in range(TRIES))
+    in_order, any_order = bounds(kind, costs)
+    sequential = min(seconds("sequential", kind, costs, 1)[0] for _ in range(TRIES))
+    return {"bound": least / in_order, "any_order": least / any_order, "sequential": sequential / least}
+
+
+def utilisation(ratio: str, kind: str) -> float:
+    """Share of the time in which the slowest part works, over the steps that neither begin nor end the run."""
+    costs = Costs.of(RATIOS[ratio])
+    taken = seconds("async", kind, costs, ASYNC_STEPS, staleness=1)[WARM_STEPS:-1]
+    work = np.zeros(3)
+    for step in range(WARM_STEPS, ASYNC_STEPS - 1):
+        tokens = lengths(kind, step)
+        alone = (max(finish_times(tokens.tolist(), costs.sample)), costs.score, costs.learn)
+        work += [alone[0], alone[1] * tokens.sum(), alone[2] * tokens.sum()]
+    return float(work.max() / sum(taken))
+
+
+def simulated() -> dict[str, float]:
+    """`strict_vs_bound`, `utilisation_async` and what belongs to them."""
+    points = [(ratio, kind) for ratio in RATIOS for kind in LENGTHS]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        strict = list(pool.map(lambda point: strict_point(*point), points))
+        used = list(pool.map(lambda point: max(utilisation(*point) for _ in range(1)), points))
+    for point, figures, share in zip(points, strict, used, strict=True):
+        print(
+            f"{point[0]:12} {point[1]:10} " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()),
+            f"async {share:.3f}",
+        )
+    return {
+        "strict_vs_bound": max(p["bound"] for p in strict),
+        "strict_vs_any_order": max(p["any_order"] for p in strict),
+        "sequential_vs_strict": statistics.median(p["sequential"] for p in strict),
+        "utilisation_async": min(used),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    figures = simulated()
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
