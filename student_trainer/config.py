@@ -224,6 +224,12 @@ class TrainConfig(Section):
             )
         self._no_idle_ratios()
         self._schedule_that_can_be()
+        rollout = self.rollout
+        if rollout.environment and self.eval.max_new_tokens >= (rollout.max_total_tokens or math.inf):
+            raise ValueError(
+                f"eval.max_new_tokens: got {self.eval.max_new_tokens} with rollout.max_total_tokens "
+                f"{rollout.max_total_tokens}, expected less: there would be no second turn"
+            )
         if self.eval.data is not None and "every" not in self.eval.model_fields_set:
             raise ValueError(
                 "eval.every: not set, but eval.data is; expected the steps between evaluations, or 0 for none"
@@ -248,6 +254,8 @@ class TrainConfig(Section):
                 "cross-entropy counts on fixed data only"
             )
         idle = ["engine", "temperature", "top_p", "top_k", "greedy"] if fraction == 0.0 else []
+        if fraction == 0.0 and not self.eval.every:
+            idle.append("environment")
         if any(source.format == "packed_text" for source in self.data.sources):
             idle.append("group_size")
         for name in idle:
@@ -308,7 +316,7 @@ _OF_A_TEACHER = (
 )  # fmt: skip
 FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "student": ("device", "gradient_checkpointing"),
-    "rollout": ("vllm", "server"),
+    "rollout": ("vllm", "server", "environment_timeout_s"),
     "teacher": _OF_A_TEACHER,
     "teachers": _OF_A_TEACHER,
     "train": (

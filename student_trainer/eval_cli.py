@@ -26,7 +26,9 @@ from student_trainer.distributed import Distributed
 from student_trainer.evaluate import Sampler, TaskName, in_order, judged, require_answers, summarise
 from student_trainer.harness import HarnessConfig
 from student_trainer.rollout.base import RolloutError
+from student_trainer.rollout.chat import Chat
 from student_trainer.rollout.config import RolloutConfig
+from student_trainer.rollout.environment import Conversations, Streams
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.types import Prompt
 from student_trainer.vllm_sampler import VllmSampler
@@ -237,7 +239,15 @@ def _solver(config: EvaluationConfig, dist: Distributed) -> _Solver:
         seed=config.seed,
     )
     prompts = load_prompts(config.data, model.tokenizer).all()
-    return _Solver(sampler, prompts, model.tokenizer, model.arithmetic(), config.rollout.batch_sequences)
+    solver = _conversing(sampler, config, model.tokenizer, model.eos_token_ids)
+    return _Solver(solver, prompts, model.tokenizer, model.arithmetic(), config.rollout.batch_sequences)
+
+
+def _conversing(sampler: Streams, config: EvaluationConfig, tokenizer: Any, eos_token_ids: Sequence[int]) -> Sampler:
+    """`sampler`, or with rollout.environment conversations around it."""
+    if not config.rollout.environment:
+        return sampler
+    return Conversations(sampler, config.rollout, Chat(tokenizer, eos_token_ids))
 
 
 def _vllm_solver(config: EvaluationConfig, dist: Distributed) -> _Solver:
@@ -257,7 +267,8 @@ def _vllm_solver(config: EvaluationConfig, dist: Distributed) -> _Solver:
         seed=config.seed,
         arguments=config.vllm,
     )
-    return _Solver(sampler, prompts, tokenizer, contextlib.nullcontext(), len(prompts))
+    solver = _conversing(sampler, config, tokenizer, sampler.eos_token_ids)
+    return _Solver(solver, prompts, tokenizer, contextlib.nullcontext(), len(prompts))
 
 
 def run_harness(config: EvaluationConfig, dist: Distributed) -> tuple[list[str], dict[str, Any]]:

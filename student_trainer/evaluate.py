@@ -109,13 +109,14 @@ def judged(
     decode: Callable[[Sequence[int]], str],
     batch_size: int = 64,
 ) -> Iterator[Judged]:
-    """The prompts at `places`, judged. A sample's random numbers are those of its place, whoever draws it."""
+    """The prompts at `places`, judged; of a conversation, the student's last turn. A sample's random numbers are those
+    of its place, whoever draws it."""
     for start in range(0, len(places), batch_size):
         batch = places[start : start + batch_size]
         for rollout in sampler.sample([prompts[place] for place in batch], batch):
-            text, answer = decode(rollout.token_ids.tolist()), rollout.prompt.answer or ""
-            finished = rollout.finish == "eos"
-            yield Judged(rollout.prompt.text, text, answer, finished and TASKS[task](text, answer))
+            text, last = decode(rollout.token_ids.tolist()), decode(rollout.token_ids[rollout.turns[-1]].tolist())
+            finished, answer = rollout.finish == "eos", rollout.prompt.answer or ""
+            yield Judged(rollout.prompt.text, text, answer, finished and TASKS[task](last, answer))
 
 
 def in_order(shares: Sequence[Sequence[Judged]]) -> list[Judged]:

@@ -22,8 +22,8 @@ from student_trainer.data import load_prompts
 from student_trainer.distributed import Distributed
 from student_trainer.evaluate import EvalResult, Judged, in_order, judged, summarise
 from student_trainer.parallel.base import Replicated
-from student_trainer.rollout.base import RolloutError
-from student_trainer.rollout.torch_sampler import TorchSampler
+from student_trainer.rollout.base import RolloutEngine, RolloutError
+from student_trainer.rollout.chat import Chat
 from student_trainer.student import Student, room_for
 from student_trainer.types import Prompt
 
@@ -39,7 +39,7 @@ class Evaluator:
     dist: Distributed
     student: Student
     prompts: Sequence[Prompt]
-    sampler: TorchSampler
+    sampler: RolloutEngine
 
     def due(self, step: int) -> bool:
         every = self.config.eval.every
@@ -102,6 +102,7 @@ def _command(config: TrainConfig, model: Path, output: Path) -> dict[str, Any]:
         "rollout": {
             "max_new_tokens": config.eval.max_new_tokens or config.rollout.max_new_tokens,
             "stop_token_ids": list(config.rollout.stop_token_ids),
+            **config.rollout.conversation,
         },
         "task": config.eval.task,
         "engine": "vllm",
@@ -135,6 +136,11 @@ def load_problems(config: TrainConfig, student: Student) -> Sequence[Prompt]:
         raise ValueError(
             f"eval.data: {len(without)} of {len(prompts)} problems have no answer, the first is {without[0]}"
         )
-    new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    room_for(source.longest.prompt, new_tokens, student, "eval.max_new_tokens", "eval.data.max_prompt_tokens")
+    sampling = config.rollout.model_copy(update=sampling_changes(config))
+    if sampling.environment:
+        chat = Chat(student.tokenizer, student.eos_token_ids)
+        for prompt in prompts:
+            chat.check(prompt)
+    key = "rollout.max_total_tokens" if sampling.environment else "eval.max_new_tokens"
+    room_for(source.longest.prompt, sampling.longest_completion, student, key, "eval.data.max_prompt_tokens")
     return prompts

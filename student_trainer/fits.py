@@ -7,6 +7,7 @@ from __future__ import annotations
 from student_trainer.config import TrainConfig
 from student_trainer.data import Prompts
 from student_trainer.losses.base import Needs
+from student_trainer.rollout.chat import Chat
 from student_trainer.student import Student, room_for
 from student_trainer.teachers.config import prefix
 
@@ -49,12 +50,17 @@ def longest_tokens(config: TrainConfig, student: Student, prompts: Prompts) -> i
         )
     if config.data.on_policy_fraction == 0.0:
         return longest.sequence
-    new_tokens = config.rollout.max_new_tokens
-    sampled = room_for(longest.prompt, new_tokens, student, "rollout.max_new_tokens", "data.max_prompt_tokens")
+    if config.rollout.environment:
+        chat = Chat(student.tokenizer, student.eos_token_ids)
+        for prompt in prompts.take(0, 1, config.train.seed):
+            chat.check(prompt)
+    key = "rollout.max_total_tokens" if config.rollout.environment else "rollout.max_new_tokens"
+    new_tokens = config.rollout.longest_completion
+    sampled = room_for(longest.prompt, new_tokens, student, key, "data.max_prompt_tokens")
     return max(sampled, longest.sequence)
 
 
 def longest_completion(config: TrainConfig, prompts: Prompts) -> int:
     """In tokens, sampled or given."""
-    sampled = config.rollout.max_new_tokens if config.data.on_policy_fraction else 0
+    sampled = config.rollout.longest_completion if config.data.on_policy_fraction else 0
     return max(sampled, prompts.longest.fixed)

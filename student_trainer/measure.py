@@ -57,7 +57,7 @@ def worst_case(run: Run) -> list[ScoredRollout]:
     """Made-up samples of the longest prompt and the longest completion. No two have a prompt in common, so that none is
     shared."""
     fraction = run.config.data.on_policy_fraction
-    num = max(run.config.rollout.max_new_tokens if fraction else 0, run.prompts.longest.fixed)
+    num = max(run.config.rollout.longest_completion if fraction else 0, run.prompts.longest.fixed)
     prompt_tokens, on_prompt = max(run.longest_tokens - num, 1), run.config.loss.on_prompt
     num, cut = (num + prompt_tokens - 1, 1) if on_prompt else (num, prompt_tokens)
     shapes = [(uid, cut, num) for uid in range(largest_micro_batch(run))]

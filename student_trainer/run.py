@@ -374,7 +374,8 @@ def _settled(config: TrainConfig, start: resume.Start | None, prompts: Prompts) 
 def _evaluator(config: TrainConfig, dist: Distributed, student: Student) -> evaluation.Evaluator:
     problems = evaluation.load_problems(config, student)
     sampler = engines.make_torch(config, student, evaluation.sampling_changes(config))
-    return evaluation.Evaluator(config, dist, student, problems, sampler)
+    conversing = engines.conversing(sampler, sampler.config, student)
+    return evaluation.Evaluator(config, dist, student, problems, conversing)
 
 
 def _told(student: Student) -> list[str]:

@@ -4,7 +4,7 @@ which distribution its samples come from besides the greedy one is vLLM's busine
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +107,10 @@ class VllmSampler:
         return [
             _rollout(prompt, uid, output.outputs[0]) for prompt, uid, output in zip(prompts, uids, outputs, strict=True)
         ]
+
+    def stream(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> Iterator[Rollout]:
+        """As `sample`, one after the other when all are finished."""
+        yield from self.sample(prompts, uids, keep_top_k=keep_top_k)
 
 
 class _Named:

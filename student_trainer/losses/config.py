@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from student_trainer.imports import import_function
 from student_trainer.losses import registry
 from teacher_api.settings import Section
 
@@ -169,7 +170,7 @@ def parse_loss(value: Mapping[str, Any] | LossConfig) -> LossConfig:
     if not isinstance(name, str):
         raise ValueError(f"loss.objective: expected a name, got {name!r}")
     if registry.is_custom(name):
-        registry.import_function(name)
+        import_function(name, "loss.objective")
         config_class: type[LossConfig] = CustomConfig
     else:
         config_class = registry.get(name).config_class

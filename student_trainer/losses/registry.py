@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import os
 import pkgutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from student_trainer.imports import import_function
 
 if TYPE_CHECKING:
     from student_trainer.losses.base import AnyObjective
@@ -73,7 +73,7 @@ def build(config: LossConfig) -> AnyObjective:
     from student_trainer.losses.total import Total
 
     if is_custom(config.objective):
-        objective: AnyObjective = CustomObjective(config, import_function(config.objective))
+        objective: AnyObjective = CustomObjective(config, import_function(config.objective, "loss.objective"))
     else:
         objective = get(config.objective).objective_class(config)
     return objective if config.totals == (0.0, 1.0) else Total(objective)
@@ -81,24 +81,6 @@ def build(config: LossConfig) -> AnyObjective:
 
 def is_custom(name: str) -> bool:
     return ":" in name
-
-
-def import_function(path: str) -> Callable[..., Any]:
-    """The function `package.module:function` names, looked up as Python would with the working directory on its path.
-
-    Raises:
-        ValueError: no such module or function, or it isn't callable.
-    """
-    module_name, _, function_name = path.partition(":")
-    if os.getcwd() not in sys.path:  # a console script's path starts in its own folder, not where the user stands
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"loss.objective: can't import {path!r} (package.module:function): {error}") from error
-    if not callable(function):
-        raise ValueError(f"loss.objective: {path!r} is a {type(function).__name__}; expected a function")
-    return function  # type: ignore[no-any-return]
 
 
 @functools.cache

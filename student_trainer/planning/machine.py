@@ -39,7 +39,7 @@ def plan(config: TrainConfig) -> list[str]:
     teachers = {name: shape.of_teacher(name) for name in dict.fromkeys(named)}
     tokenizer = load_tokenizer(config.student)
     lengths = open_prompts(config.data, tokenizer, eos_token_ids=[tokenizer.eos_token_id or 0]).longest
-    sampled = lengths.prompt + config.rollout.max_new_tokens if config.data.on_policy_fraction else 0
+    sampled = lengths.prompt + config.rollout.longest_completion if config.data.on_policy_fraction else 0
     longest = max(sampled, lengths.sequence)
     needs = build(config.loss).needs(next(iter(config.all_teachers.values())).top_k)
     tokens = micro_batch_tokens(config, longest, world)

@@ -78,6 +78,11 @@ def _problems(train: TrainConfig) -> PromptConfig:
 def _write(config: ReportConfig) -> Path:
     run_dir = Path(config.run)
     train = _train_config(run_dir / CONFIG_FILE)
+    if train.rollout.environment:
+        raise ValueError(
+            f"rollout.environment: the run's samples are conversations with {train.rollout.environment}, which this "
+            "page does not show; expected a run without (its accuracies and curves are in metrics.jsonl)"
+        )
     models = (config.before or train.student.model, config.after or str(run_dir / FINAL))
     data = _problems(train)
     longest = config.max_new_tokens or train.rollout.max_new_tokens

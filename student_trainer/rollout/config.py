@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from student_trainer.rollout.calls import check_options, function_of
 from teacher_api.settings import Section
 
 EngineName = Literal["torch", "vllm", "vllm-server"]
@@ -74,6 +75,10 @@ class ServerConfig(Section):
         return bases
 
 
+CONVERSATION = ("environment", "environment_options", "environment_timeout_s", "max_turns", "max_total_tokens")
+"""Keys of what makes a sample a conversation."""
+
+
 class RolloutConfig(Section):
     engine: EngineName = "torch"
     """torch: the training weights themselves, decoded with a key-value cache in the trainer's process. vllm: an engine
@@ -108,6 +113,45 @@ class RolloutConfig(Section):
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion besides the model's own end tokens; kept as its last token."""
 
+    environment: str = ""
+    """What answers the student's turns, so that a sample is a conversation: package.module:function of your own, or
+    calculator. It gets the messages so far and returns those to append, such as a tool's result; none end the
+    conversation. Only the student's tokens are trained on. Empty: a sample is one turn."""
+
+    environment_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of that function."""
+
+    environment_timeout_s: float = Field(default=60.0, gt=0.0, le=86_400.0)
+    """Longest time of one call of it; the run ends with an error after that."""
+
+    max_turns: int = Field(default=8, ge=2)
+    """With an environment: most turns of the student. rollout.max_new_tokens is the limit of each."""
+
+    max_total_tokens: int = Field(default=0, ge=0)
+    """With an environment: longest conversation after the prompt, in tokens, the environment's included. A turn begins
+    only where rollout.max_new_tokens are left of it. 0: max_turns times max_new_tokens."""
+
+    @field_validator("environment")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name:
+            function_of(name)
+        return name
+
+    @model_validator(mode="after")
+    def _conversations(self) -> Self:
+        if not self.environment:
+            for key, got in self.conversation.items():
+                raise ValueError(f"{key}: got {got} without environment, expected none: a sample is one turn")
+            return self
+        check_options(self.environment, self.environment_options)
+        if self.max_total_tokens and self.max_total_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"max_total_tokens: got {self.max_total_tokens} with max_new_tokens {self.max_new_tokens}, expected "
+                "more: there would be no second turn"
+            )
+        return self
+
     @model_validator(mode="after")
     def _greedy_alone(self) -> Self:
         if self.greedy and not self.is_untempered:
@@ -129,6 +173,18 @@ class RolloutConfig(Section):
     def is_elsewhere(self) -> bool:
         """Whether the engine computes on devices of its own, so that it can go on while the student learns."""
         return self.engine not in ("torch", "vllm")
+
+    @property
+    def conversation(self) -> dict[str, Any]:
+        """What is set of the environment and its limits, by key."""
+        return self.model_dump(mode="json", include=set(CONVERSATION), exclude_defaults=True)
+
+    @property
+    def longest_completion(self) -> int:
+        """Most tokens that sampling adds to a prompt."""
+        if not self.environment:
+            return self.max_new_tokens
+        return self.max_total_tokens or self.max_turns * self.max_new_tokens
 
     @property
     def is_truncated(self) -> bool:

@@ -6,6 +6,9 @@ from typing import Any
 
 from student_trainer.config import TrainConfig
 from student_trainer.rollout.base import RolloutEngine
+from student_trainer.rollout.chat import Chat
+from student_trainer.rollout.config import RolloutConfig
+from student_trainer.rollout.environment import EnvironmentEngine
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student
 
@@ -18,7 +21,20 @@ def make(config: TrainConfig, student: Student) -> RolloutEngine:
     """
     if config.rollout.engine != "torch":
         raise ValueError(f"rollout.engine: got {config.rollout.engine}, expected torch: it is not available yet")
-    return make_torch(config, student, {})
+    return conversing(make_torch(config, student, {}), config.rollout, student)
+
+
+def conversing(engine: RolloutEngine, config: RolloutConfig, student: Student) -> RolloutEngine:
+    """`engine`, or with rollout.environment conversations around it.
+
+    Args:
+        config: the engine's own.
+    Raises:
+        ValueError: the student's tokenizer has no chat template that conversations can be carried on with.
+    """
+    if not config.environment:
+        return engine
+    return EnvironmentEngine(engine, config, Chat(student.tokenizer, student.eos_token_ids))
 
 
 def make_torch(config: TrainConfig, student: Student, changes: dict[str, Any]) -> TorchSampler:
