@@ -22,9 +22,14 @@ def register() -> None:
     server = os.environ.get(SERVER_PID)
     if server is None:
         return
+    from vllm.platforms import current_platform
+
     from teacher_server.vllm_plugin.models import register_all
+    from teacher_server.vllm_plugin.waiting import sleep_between_messages
 
     register_all()
+    if current_platform.is_cpu():
+        sleep_between_messages()
     parent = multiprocessing.parent_process()
     if server == str(os.getpid()) or parent is None or sys.platform != "linux":
         return

@@ -86,6 +86,19 @@ def test_says_what_it_is(full_rows: ScoringBackend, checkpoint: Path) -> None:
     assert policy.max_concurrent_batches > 1
 
 
+def test_waits_asleep(full_rows: ScoringBackend) -> None:
+    """vLLM by itself polls for a second after each message, in the engine's core and in its worker."""
+    score(full_rows, job(random_tokens(0, 8, VOCABULARY)))
+    family = [each for each in psutil.Process().children(recursive=True) if each.is_running()]
+
+    def used_s() -> float:
+        return sum(sum(each.cpu_times()[:2]) for each in family if each.is_running())
+
+    before = used_s()
+    time.sleep(0.8)
+    assert used_s() - before < 0.2
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_lengths_from_2_to_the_longest_at_once(
     full_rows: ScoringBackend, reference: torch.nn.Module, temperature: float
