@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from student_trainer.types import MAXIMUM
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are summed in flat pieces of about this size: few collectives, little extra memory."""
@@ -69,12 +72,17 @@ class Distributed:
         return float(tensor)
 
     def sum_metrics(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums every metric over the ranks. Ranks may know different names (one without tokens knows none)."""
+        """Sums every metric over the ranks, or takes the largest of those that say so. Ranks may know different names
+        (one without tokens knows none)."""
         if self.world == 1:
             return dict(values)
         names = sorted({name for held in self.gather(sorted(values)) for name in held})
         sums = self.all_reduce_sum(np.array([values.get(name, 0.0) for name in names]))
-        return dict(zip(names, sums.tolist(), strict=True))
+        found = dict(zip(names, sums.tolist(), strict=True))
+        for name in names:
+            if name.startswith(MAXIMUM):
+                found[name] = self.all_reduce_max(values.get(name, -math.inf))
+        return found
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order. For small plain data between processes of one run."""

@@ -30,8 +30,8 @@ from student_trainer.rollout.chat import Chat
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.environment import Conversations, Streams
 from student_trainer.rollout.torch_sampler import TorchSampler
+from student_trainer.rollout.vllm_sampler import VllmSampler
 from student_trainer.types import Prompt
-from student_trainer.vllm_sampler import VllmSampler
 from teacher_api import settings
 from teacher_api.settings import Section
 

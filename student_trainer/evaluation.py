@@ -24,6 +24,7 @@ from student_trainer.evaluate import EvalResult, Judged, in_order, judged, summa
 from student_trainer.parallel.base import Replicated
 from student_trainer.rollout.base import RolloutEngine, RolloutError
 from student_trainer.rollout.chat import Chat
+from student_trainer.rollout.vllm_engine import refuse_unfit_for_vllm
 from student_trainer.student import Student, room_for
 from student_trainer.types import Prompt
 
@@ -136,6 +137,8 @@ def load_problems(config: TrainConfig, student: Student) -> Sequence[Prompt]:
         raise ValueError(
             f"eval.data: {len(without)} of {len(prompts)} problems have no answer, the first is {without[0]}"
         )
+    if config.eval.engine == "vllm":
+        refuse_unfit_for_vllm(config, student, "eval.engine")
     sampling = config.rollout.model_copy(update=sampling_changes(config))
     if sampling.environment:
         chat = Chat(student.tokenizer, student.eos_token_ids)

@@ -12,7 +12,7 @@ import numpy as np
 from student_trainer.console import SampleRow
 from student_trainer.losses import importance
 from student_trainer.losses.base import ROWS_OF
-from student_trainer.types import Metrics, ScoredRollout
+from student_trainer.types import MAXIMUM, Metrics, ScoredRollout
 
 SHOWN_CHARACTERS = 600
 """Of a prompt or completion in the console's table."""
@@ -86,7 +86,7 @@ def means(sums: Metrics) -> Metrics:
 
     A mean is over all tokens that had a part in the loss, or over those that have the metric (`rows_of_NAME`), and left
     out where none has. Of weights w the effective sample size (Σw)² / Σw², as a share of their number. Of the tokens
-    that were scored, how many had no part in the loss.
+    that were scored, how many had no part in the loss. `max_of_NAME` is NAME_max.
     """
     trained = sums.get("trained_tokens", 0.0)
     counts = {name.removeprefix(ROWS_OF): value for name, value in sums.items() if name.startswith(ROWS_OF)}
@@ -98,6 +98,8 @@ def means(sums: Metrics) -> Metrics:
             num, squares = counts[f"{weight}_clipped"], sums[second + weight]
             if num:
                 found[f"{weight}_ess"] = value**2 / (num * squares) if squares else 0.0
+        elif name.startswith(MAXIMUM):
+            found[f"{name.removeprefix(MAXIMUM)}_max"] = value
         elif not name.startswith((ROWS_OF, second)) and name not in ("loss", "scored_tokens", "trained_tokens"):
             num = counts.get(name, trained)
             if num or name not in counts:
@@ -139,7 +141,7 @@ def mean_delta(scored: ScoredRollout) -> float:
 
 def add(sums: Metrics, more: Metrics) -> None:
     for name, value in more.items():
-        sums[name] = sums.get(name, 0.0) + value
+        sums[name] = max(sums.get(name, value), value) if name.startswith(MAXIMUM) else sums.get(name, 0.0) + value
 
 
 def finite(*values: float) -> bool:

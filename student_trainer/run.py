@@ -117,11 +117,14 @@ class Run:
         return self.config.train.loss_chunk_rows or max(1, CHUNK_BYTES // (4 * self.student.parts.logit_width))
 
     def spread(self) -> None:
-        """Puts the student on the ranks as train.strategy says, and the optimizer where it was. Collectives first:
-        reading the checkpoint may fail on one rank alone."""
+        """Puts the student on the ranks as train.strategy says, the optimizer where it was, and the weights into the
+        engine that samples. Collectives first: reading the checkpoint may fail on one rank alone, starting an engine
+        too."""
         self.student = self.strategy.spread(self.student, self.config.optim, self.config.train.steps)
         if self.start.checkpoint is not None:
             checkpoint.load_optimizer(self.start.checkpoint, self.optimizer)
+        with self.strategy.whole():
+            self.sampler.update(self.step)
 
     def begin(self) -> None:
         """Opens the output directory: from here on, files are written."""
@@ -145,6 +148,7 @@ class Run:
         figures |= {**self.scorer.figures(add_up, samples.sums), **self.past.figures()}
         if self.config.train.schedule == "async":
             figures |= metrics.of_staleness(scored, samples.step, samples.dropped, add_up)
+        figures |= {name: self.dist.all_reduce_max(value) for name, value in sorted(self.sampler.figures().items())}
         figures = {**learned, **figures, "total_tokens": float(self.tokens)}
         if any(source.overlong == "drop" for source in self.config.data.sources):
             figures["dropped_prompts"] = float(self.prompts.dropped().total)
@@ -338,7 +342,12 @@ def prepare(
             prompts=prompts,
             mix=Mix(config.data.on_policy_fraction, config.data.mix, config.train.seed),
             evaluator=_evaluator(config, dist, student),
-            sampler=engines.make(config, copied.student if copied and config.rollout.engine == "torch" else student),
+            sampler=engines.make(
+                config,
+                copied.student if copied and config.rollout.engine == "torch" else student,
+                longest_tokens=longest,
+                world=dist.world,
+            ),
             copied=copied,
             scorer=scorer,
             past=past,

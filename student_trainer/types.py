@@ -15,6 +15,8 @@ import numpy.typing as npt
 from teacher_api.types import FloatArray, IntArray, Scores
 
 Metrics = dict[str, float]
+MAXIMUM = "max_of_"
+"""Prefix of metrics of which parts are put together by the largest, where others are sums."""
 BoolArray = npt.NDArray[np.bool_]
 Message = Mapping[str, str]
 """One turn of a conversation: `role`, `content`, and what else the chat template reads."""

@@ -77,15 +77,23 @@ class AdapterFiles:
 
     def save_pretrained(self, path: Path | str, /, *, state_dict: dict[str, Tensor] | None = None) -> None:
         """Leaves what plain peft loads on the base model. `state_dict`: the model's, where it isn't whole here."""
-        import peft
-
         directory = Path(path)
-        tensors = peft.get_peft_model_state_dict(
-            self._model, state_dict=state_dict, adapter_name=_NAME, save_embedding_layers=False
-        )
-        whole = {_PREFIX + name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        whole = {name: t.cpu().contiguous() for name, t in tensors(self._model, state_dict).items()}
         save_file(whole, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         self._model.peft_config[_NAME].save_pretrained(str(directory))
+
+
+def tensors(model: Any, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapters of `model` under the names of peft's files. `state_dict`: the model's, where it isn't whole here."""
+    import peft
+
+    own = peft.get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=_NAME, save_embedding_layers=False)
+    return {_PREFIX + name: tensor.detach() for name, tensor in own.items()}
+
+
+def settings(model: Any) -> dict[str, Any]:
+    """What peft's files say of the adapters of `model`."""
+    return dict(model.peft_config[_NAME].to_dict())
 
 
 def train_dropout(model: Any) -> None:

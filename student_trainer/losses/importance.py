@@ -20,6 +20,7 @@ from torch import Tensor
 from student_trainer.losses import chunked
 from student_trainer.losses.base import AnyObjective, LossRows, partly_defined
 from student_trainer.losses.student_side import logprob_of
+from student_trainer.types import MAXIMUM
 
 MOMENTS = ("sum_of_", "squares_of_")
 """Prefixes of the sums that the effective sample size of a weight is made from."""
@@ -41,8 +42,8 @@ def backward(
 
     Returns:
         As chunked.backward, with these sums besides: `trained_tokens`, of non-zero weight, and what metrics.means
-        makes `staleness_ess`, `staleness_clipped`, `behaviour_ess`, `behaviour_clipped` and
-        `ratio_masked` of.
+        makes `staleness_ess`, `staleness_clipped`, `behaviour_ess`, `behaviour_clipped`, `ratio_masked`,
+        `rollout_gap_max` and `rollout_kl` of.
     """
     config = objective.config
     counted_N = weights_N.cpu() != 0
@@ -96,6 +97,7 @@ def _staleness(
     log_N = torch.where(sampled_N & ~now_N.isnan(), now_N.double() - rows.old_logprob.cpu().double(), 0.0)
     over_N = prefix_sums(log_N, rows.lengths, inclusive=objective.own_token == "weight")
     weight_N, sums = _truncated("staleness", over_N, config.staleness_cap, counted_N & sampled_N)
+    sums |= _gap(log_N, counted_N & sampled_N & ~now_N.isnan())
     if config.staleness == "none":
         weight_N = torch.ones_like(weight_N)
     if config.ratio_bounds is not None:
@@ -104,6 +106,15 @@ def _staleness(
         weight_N = weight_N.masked_fill(masked_N, 0.0)
         sums |= _summed(partly_defined("ratio_masked", masked_N.double(), counted_N & sampled_N))
     return weight_N, sums
+
+
+def _gap(log_N: Tensor, logged_N: Tensor) -> dict[str, float]:
+    """How far the policy that is trained is from the one that sampled, by log (q_now/q_old): its largest size, and the
+    estimate r − 1 − log r of KL(q_old ‖ q_now), never negative. (`rollout_gap`, its mean size, is the objectives'.)"""
+    if not bool(logged_N.any()):
+        return {}
+    sums = _summed(partly_defined("rollout_kl", log_N.expm1() - log_N, logged_N))
+    return {**sums, f"{MAXIMUM}rollout_gap": float(log_N[logged_N].abs().max())}
 
 
 def _truncated(name: str, log_N: Tensor, cap: float, logged_N: Tensor) -> tuple[Tensor, dict[str, float]]:

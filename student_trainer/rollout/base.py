@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from student_trainer.types import Prompt, Rollout
+from student_trainer.types import Metrics, Prompt, Rollout
 
 
 class RolloutError(RuntimeError):
@@ -48,6 +48,11 @@ class RolloutEngine(Protocol):
         Raises:
             RolloutError: the weights could not be handed over.
         """
+        ...
+
+    def figures(self) -> Metrics:
+        """Of the engine since the last update, for the metrics of a step, which take the ranks' largest; the same names
+        on every rank."""
         ...
 
     def close(self) -> None:

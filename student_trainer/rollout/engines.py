@@ -10,18 +10,27 @@ from student_trainer.rollout.chat import Chat
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.environment import EnvironmentEngine
 from student_trainer.rollout.torch_sampler import TorchSampler
+from student_trainer.rollout.vllm_colocated import ColocatedSampler
 from student_trainer.student import Student
 
 
-def make(config: TrainConfig, student: Student) -> RolloutEngine:
+def make(config: TrainConfig, student: Student, *, longest_tokens: int, world: int) -> RolloutEngine:
     """The engine that rollout.engine names.
 
+    Args:
+        longest_tokens: longest prompt with its completion that can come up.
+        world: number of ranks.
     Raises:
         ValueError: it isn't there, or can't sample from this student.
     """
-    if config.rollout.engine != "torch":
-        raise ValueError(f"rollout.engine: got {config.rollout.engine}, expected torch: it is not available yet")
-    return conversing(make_torch(config, student, {}), config.rollout, student)
+    engine: RolloutEngine
+    if config.rollout.engine == "vllm":
+        engine = ColocatedSampler(config, student, longest_tokens=longest_tokens, world=world)
+    elif config.rollout.engine == "torch":
+        engine = make_torch(config, student, {})
+    else:
+        raise ValueError(f"rollout.engine: got {config.rollout.engine}, expected torch or vllm: it is not there yet")
+    return conversing(engine, config.rollout, student)
 
 
 def conversing(engine: RolloutEngine, config: RolloutConfig, student: Student) -> RolloutEngine:

@@ -21,7 +21,7 @@ from student_trainer.rollout.base import RolloutEngine, RolloutError
 from student_trainer.rollout.calls import KEY, Call, Calls, EnvironmentFailed, function_of
 from student_trainer.rollout.chat import Chat, TemplateError
 from student_trainer.rollout.config import RolloutConfig
-from student_trainer.types import Message, Prompt, Rollout
+from student_trainer.types import Message, Metrics, Prompt, Rollout
 from teacher_api.types import IntArray
 
 TURN_BIT = 48
@@ -208,6 +208,10 @@ class EnvironmentEngine(Conversations):
     def update(self, version: int) -> None:
         """See RolloutEngine.update."""
         self._engine.update(version)
+
+    def figures(self) -> Metrics:
+        """See RolloutEngine.figures."""
+        return self._engine.figures()
 
     def close(self) -> None:
         """See RolloutEngine.close."""

@@ -21,7 +21,7 @@ from student_trainer.rollout.decoding import CachedDecoder, RecomputeDecoder, St
 from student_trainer.rollout.jobs import Job, Work
 from student_trainer.rollout.ledger import Record, Rules
 from student_trainer.rollout.slots import SlotDecoder
-from student_trainer.types import Prompt, Rollout
+from student_trainer.types import Metrics, Prompt, Rollout
 
 
 class TorchSampler:
@@ -76,6 +76,10 @@ class TorchSampler:
     def update(self, version: int) -> None:
         """See RolloutEngine.update: the weights are the trainer's own, so only their number is new."""
         self._version = version
+
+    def figures(self) -> Metrics:
+        """See RolloutEngine.figures: nothing of its own."""
+        return {}
 
     def close(self) -> None:
         """See RolloutEngine.close: nothing belongs to it alone."""

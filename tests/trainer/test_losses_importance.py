@@ -236,6 +236,9 @@ def test_effective_sample_size_and_cut_weights_are_logged_with_and_without_weigh
     assert figures["behaviour_ess"] == pytest.approx(weights.sum() ** 2 / (len(weights) * (weights**2).sum()), rel=1e-5)
     assert figures["behaviour_clipped"] == pytest.approx((other > 2.0).mean())
     assert "ratio_masked" not in figures
+    stale = np.concatenate(stale)
+    assert figures["rollout_gap_max"] == pytest.approx(np.abs(stale).max(), rel=1e-5)
+    assert figures["rollout_kl"] == pytest.approx((np.exp(stale) - 1 - stale).mean(), rel=1e-4)
     assert sums["trained_tokens"] == len(hidden)
 
 
@@ -273,7 +276,14 @@ def test_tokens_that_nobody_sampled_have_weight_one(name, keys):
     weighted, plain = run(build(name, **keys), scored, hidden), run(build(name), scored, hidden)
     assert torch.equal(weighted[1], plain[1])
     figures = means(plain[2])
-    assert not {"staleness_ess", "behaviour_ess", "rollout_gap", "staleness_clipped"} & set(figures)
+    assert not {
+        "staleness_ess",
+        "behaviour_ess",
+        "rollout_gap",
+        "rollout_gap_max",
+        "rollout_kl",
+        "staleness_clipped",
+    } & set(figures)
 
     scored, hidden, stale, behaviour = stale_batch(prompt_tokens=3)
     for s, r, b in zip(scored, stale, behaviour, strict=True):
