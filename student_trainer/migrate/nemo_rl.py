@@ -19,7 +19,7 @@ from student_trainer.migrate.shared import (
 NAME = "NeMo-RL distillation"
 KL_TYPES = {"forward": "forward_kl", "reverse": "reverse_kl", "mixed": "mixed_kl"}
 NOT_OFFERED = "tensor and context parallelism of the student are not offered"
-ENGINE = "the student samples with its training weights in the trainer's processes"
+ENGINE = "the engine's own choices; rollout.vllm.arguments takes any argument of vLLM's"
 WORKERS = "no worker groups here: the trainer's processes do all but the scoring"
 
 
@@ -39,6 +39,32 @@ def _decoding(migration: Migration, key: str, value: Any) -> None:
 def _strategy(migration: Migration, key: str, value: Any) -> None:
     if truth(value):
         migration.set("train.strategy", "fsdp2")
+
+
+def _engine(migration: Migration, key: str, value: Any) -> None:
+    """Colocated, where they don't say otherwise: the training weights themselves, or an engine of vLLM."""
+    colocated = truth(migration.theirs.get("policy.generation.colocated.enabled", True))
+    if not colocated:
+        migration.leave(
+            key, value, "start rollout-serve on the GPUs for sampling, set rollout.engine=vllm-server and "
+            "rollout.server.urls"
+        )  # fmt: skip
+    elif value == "vllm":
+        migration.set("rollout.engine", "vllm")
+    elif value != "megatron":
+        migration.leave(key, value, "expected vllm or megatron")
+
+
+def _of_vllm(ours: str, convert: Any) -> Rule:
+    """An option of the colocated engine, where there is one."""
+    inner = to(ours, convert)
+
+    def apply(migration: Migration, key: str, value: Any) -> None:
+        colocated = truth(migration.theirs.get("policy.generation.colocated.enabled", True))
+        if colocated and migration.theirs.get("policy.generation.backend") == "vllm":
+            inner.apply(migration, key, value)
+
+    return Rule(inner.ours, "with a colocated vllm", apply)
 
 
 def _tracker(name: str) -> Rule:
@@ -86,7 +112,12 @@ GENERATION: Table = {
     "top_k": to("rollout.top_k", lambda value: 0 if value is None else integer(value)),
     "stop_token_ids": to("rollout.stop_token_ids", lambda value: list(value or [])),
     "stop_strings": unless(None, "stop at token ids: rollout.stop_token_ids"),
-    "backend": covered(ENGINE),
+    "backend": by("`rollout.engine`", _engine, "vllm → vllm, megatron → torch, the training weights themselves"),
+    "vllm_cfg.gpu_memory_utilization": _of_vllm("rollout.vllm.gpu_memory_utilization", number),
+    "vllm_cfg.enforce_eager": _of_vllm("rollout.vllm.enforce_eager", truth),
+    "vllm_cfg.tensor_parallel_size": unless(1, "each training process has an engine on its own device"),
+    "vllm_cfg.pipeline_parallel_size": unless(1, "each training process has an engine on its own device"),
+    "vllm_cfg.max_model_len": covered("as long as the longest prompt and completion need"),
     "*": covered(ENGINE),
 }
 TABLE: Table = {
@@ -155,6 +186,7 @@ TABLE: Table = {
     "policy.sequence_packing.enabled": to("train.packing", lambda value: "on" if truth(value) else "off"),
     "policy.sequence_packing.train_mb_tokens": to("train.micro_batch_tokens", integer),
     "policy.sequence_packing.*": covered("first fit, longest first"),
+    "policy.generation.colocated.enabled": covered("see policy.generation.backend"),
     "policy.generation.colocated.*": covered(ENGINE),
     **{f"policy.generation.{key}": rule for key, rule in GENERATION.items()},
     "policy.*": covered(WORKERS),
@@ -196,6 +228,9 @@ def finish(migration: Migration) -> None:
         for key in ("rollout.temperature", "rollout.top_p", "rollout.top_k"):
             if key in settings:
                 migration.leave(key, migration.drop(key), "greedy decoding draws nothing")
+    if settings.get("data.on_policy_fraction") == 0.0:
+        for key in [key for key in settings if key == "rollout.engine" or key.startswith("rollout.vllm.")]:
+            migration.drop(key)
     if settings.get("loss.objective") != "mixed_kl":
         migration.drop("loss.mixed_weight")
     if "wandb" not in settings.get("tracking.trackers", ()):

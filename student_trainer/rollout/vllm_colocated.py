@@ -174,9 +174,11 @@ class ColocatedSampler:
         def from_memory(request: Any) -> Any:
             described = PEFTHelper.from_dict(lora.settings(self._student.model))
             described.validate_legal(manager.lora_config)
+            # Copies: vLLM scales what it is given in place.
+            copies = {name: tensor.clone() for name, tensor in lora.tensors(self._student.model).items()}
             return LoRAModel.from_lora_tensors(
                 request.lora_int_id,
-                lora.tensors(self._student.model),
+                copies,
                 described,
                 device="cpu",
                 dtype=manager.lora_config.lora_dtype,
