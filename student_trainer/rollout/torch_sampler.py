@@ -18,7 +18,7 @@ from student_trainer.rollout.batches import Batch, batches
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.continuous import Continuous
 from student_trainer.rollout.decoding import CachedDecoder, RecomputeDecoder, Strategy, choose
-from student_trainer.rollout.jobs import Job, Work
+from student_trainer.rollout.jobs import Job, Work, require_continuable
 from student_trainer.rollout.ledger import Record, Rules
 from student_trainer.rollout.slots import SlotDecoder
 from student_trainer.types import Metrics, Prompt, Rollout
@@ -86,7 +86,8 @@ class TorchSampler:
 
     def _jobs(self, prompts: Sequence[Prompt], uids: Sequence[int]) -> list[Job]:
         jobs = [Job(place, prompt, uid) for place, (prompt, uid) in enumerate(zip(prompts, uids, strict=True))]
-        self._check(jobs)
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        require_continuable(prompts, self.vocabulary_size, self.config.max_new_tokens, limit, "student")
         return jobs
 
     def _finished(self, jobs: Sequence[Job], keep_top_k: int) -> Iterator[tuple[Job, Rollout]]:
@@ -119,22 +120,6 @@ class TorchSampler:
             else:
                 decoder = CachedDecoder(self._model, new_tokens, self._pad_token_id)
             yield Batch(decoder, batch, rules, device), contextlib.nullcontext
-
-    def _check(self, jobs: Sequence[Job]) -> None:
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        for job in jobs:
-            ids = job.prompt.token_ids
-            if not len(ids):
-                raise ValueError(f"prompt {job.prompt.index} is empty; a completion must follow something")
-            if ids.min() < 0 or ids.max() >= self.vocabulary_size:
-                raise ValueError(
-                    f"prompt {job.prompt.index} has an id outside the vocabulary of {self.vocabulary_size}"
-                )
-            if limit and len(ids) + self.config.max_new_tokens > limit:
-                raise ValueError(
-                    f"prompt {job.prompt.index} has {len(ids)} tokens; with rollout.max_new_tokens "
-                    f"{self.config.max_new_tokens} it exceeds the student's context of {limit}"
-                )
 
     def _rollout(self, job: Job, record: Record) -> Rollout:
         finite = np.isfinite(record.full)

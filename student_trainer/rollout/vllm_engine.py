@@ -19,6 +19,7 @@ from student_trainer.config import TrainConfig
 from student_trainer.forms import graft
 from student_trainer.rollout.base import RolloutError
 from student_trainer.rollout.config import RolloutConfig
+from student_trainer.rollout.jobs import require_continuable
 from student_trainer.rollout.vllm_side.request import Draws, Record, parameters
 from student_trainer.student import Student
 from student_trainer.types import Prompt, Rollout
@@ -90,7 +91,7 @@ class VllmEngine:
         Raises:
             ValueError: a prompt that vLLM can't take. RolloutError: vLLM failed, or the logits are not finite.
         """
-        self._check(prompts, vocabulary_size, config.max_new_tokens)
+        require_continuable(prompts, vocabulary_size, config.max_new_tokens, self.max_tokens, "engine")
         kept = min(keep_top_k, vocabulary_size)
         waiting: dict[str, int] = {}
         try:
@@ -158,20 +159,6 @@ class VllmEngine:
             lora_request=lora,
         )
         return name
-
-    def _check(self, prompts: Sequence[Prompt], vocabulary_size: int, new_tokens: int) -> None:
-        limit = self.max_tokens - new_tokens
-        for prompt in prompts:
-            ids = prompt.token_ids
-            if not len(ids):
-                raise ValueError(f"prompt {prompt.index} is empty; a completion must follow something")
-            if ids.min() < 0 or ids.max() >= vocabulary_size:
-                raise ValueError(f"prompt {prompt.index} has an id outside the vocabulary of {vocabulary_size}")
-            if len(ids) > limit:
-                raise ValueError(
-                    f"prompt {prompt.index} has {len(ids)} tokens; with rollout.max_new_tokens {new_tokens} it exceeds "
-                    f"the engine's context of {self.max_tokens}"
-                )
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
