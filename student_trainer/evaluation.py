@@ -124,12 +124,15 @@ def load_problems(config: TrainConfig, student: Student) -> Sequence[Prompt]:
     """The prompts of `eval.data`; none where nothing is evaluated.
 
     Raises:
-        ValueError: there is no data, a problem has no answer, or the student has no positions for it.
+        ValueError: there is no data, a problem has no answer, the student has no positions for it, or vLLM can't have
+            the student.
     """
     if not config.eval.every:
         return ()
     if config.eval.data is None:
         raise ValueError("eval.every is set, but eval.data is not: name problems with answers (eval.data.source)")
+    if config.eval.engine == "vllm":
+        refuse_unfit_for_vllm(config, student, "eval.engine")
     source = load_prompts(config.eval.data, student.tokenizer, limit=config.eval.num_prompts)
     prompts = source.all()
     without = [p.index for p in prompts if p.answer is None]
@@ -137,8 +140,6 @@ def load_problems(config: TrainConfig, student: Student) -> Sequence[Prompt]:
         raise ValueError(
             f"eval.data: {len(without)} of {len(prompts)} problems have no answer, the first is {without[0]}"
         )
-    if config.eval.engine == "vllm":
-        refuse_unfit_for_vllm(config, student, "eval.engine")
     sampling = config.rollout.model_copy(update=sampling_changes(config))
     if sampling.environment:
         chat = Chat(student.tokenizer, student.eos_token_ids)

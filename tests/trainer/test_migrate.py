@@ -161,6 +161,22 @@ def test_nemo_rl_command_with_overrides(tmp_path: Path) -> None:
     assert any("no/such.yaml" in line and "not found" in line for line in notes)
 
 
+def test_nemo_rl_engines(tmp_path: Path) -> None:
+    """Colocated vLLM is ours; on GPUs of its own it takes servers that nobody can start from here."""
+    file = tmp_path / "theirs.yaml"
+    file.write_text(NEMO)
+    theirs = f"uv run python examples/run_distillation.py --config {file} policy.generation.backend=vllm"
+    theirs += " policy.generation.vllm_cfg.gpu_memory_utilization=0.6 policy.generation.vllm_cfg.enforce_eager=true"
+    ours = {"engine": "vllm", "vllm.gpu_memory_utilization": 0.6, "vllm.enforce_eager": True}
+    found, notes = migrated(theirs, tmp_path)
+    assert {key: found.get(f"rollout.{key}") for key in ours} == ours
+    for more, expected in (("policy.generation.colocated.enabled=false", True), ("distillation.lambda_=0", False)):
+        found, notes = migrated(f"{theirs} {more}", tmp_path)
+        assert not [key for key in found if key.startswith(("rollout.engine", "rollout.vllm"))]
+        assert any("policy.generation.backend" in line and "rollout-serve" in line for line in notes) == expected
+    assert "rollout.engine" not in migrated(NEMO, tmp_path, ".yaml")[0]
+
+
 def test_roll_file(tmp_path: Path) -> None:
     found, notes = migrated(ROLL, tmp_path, ".yaml")
     expected = {

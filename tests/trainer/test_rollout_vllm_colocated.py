@@ -17,9 +17,9 @@ import torch
 from onestep import bare_run
 from pydantic import ValidationError
 from tinymodels import save_tiny
-from training import PROMPTS, arguments, assert_same_bits, teacher
+from training import PROMPTS, arguments, assert_same_bits, finish, teacher, trainer, weights
 
-from student_trainer import cli
+from student_trainer import cli, evaluation
 from student_trainer import student as students
 from student_trainer.config import TrainConfig
 from student_trainer.rollout import handover
@@ -292,6 +292,27 @@ def test_whole_runs_measure_and_correct_the_mismatch_and_resume_bit_for_bit(chec
         assert line["behaviour_ess"] < 1.0
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_each_of_two_ranks_has_an_engine_of_its_own(strategy: str, checkpoints, tmp_path: Path):
+    """Whole weights are handed over where ranks hold parts of them; the result is that of one process."""
+    save_tiny(tmp_path / "teacher", scale=3.0, seed=5)
+    data = tmp_path / "prompts.txt"
+    data.write_text("\n".join(PROMPTS))
+    options = ["rollout.engine=vllm", "rollout.vllm={enforce_eager: true, kv_cache_gib: 0.25}", "--steps=4"]
+    with teacher(tmp_path / "served", tmp_path / "teacher") as served:
+        for folder, more in (("alone", []), ("ranks", ["train.num_processes=2", f"train.strategy={strategy}"])):
+            argv = arguments(tmp_path / folder, checkpoints["tied"], data, served.url, *options, *more)
+            log = tmp_path / f"{folder}.log"
+            assert finish(trainer(argv, log), log, timeout_s=400.0) == 0, log.read_text()
+    first, second = (weights(tmp_path / folder / "final") for folder in ("alone", "ranks"))
+    apart = sum(float((first[n] - second[n]).double().square().sum()) for n in first)
+    assert apart < 1e-10 * sum(float(w.double().square().sum()) for w in first.values())
+    lines = read_metrics(tmp_path / "ranks" / "metrics.jsonl")
+    assert len(lines) == 4
+    assert all(0.0 < line["handover_gap"] < 1e-4 for line in lines)
+
+
 class RecordingEngine:
     """In place of vLLM's, on a GPU that isn't there."""
 
@@ -351,6 +372,19 @@ def test_what_vllm_can_not_have_is_refused_before_an_engine_starts(checkpoints, 
         with pytest.raises(ValueError, match=message):
             opened(settings(checkpoints["tied"], **sections))
     assert time.monotonic() - began < 60
+
+
+def test_an_evaluation_by_vllm_of_a_grafted_student_is_refused_before_the_run(checkpoints, tmp_path: Path):
+    donor = save_tiny(tmp_path / "donor", scale=3.0, seed=3, **{**HEADS, "intermediate_size": 64})
+    problems = {"source": str(tmp_path / "none.jsonl")}
+    config = settings(
+        checkpoints["tied"],
+        student={"layers_from_teacher": [1], "graft_from": str(donor)},
+        eval={"every": 2, "engine": "vllm", "data": problems},
+    )
+    student = students.load(config.student, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"^eval\.engine: got vllm with a student that has layers of another model"):
+        evaluation.load_problems(config, student)
 
 
 def test_an_engine_that_can_not_start_says_why_in_one_line(checkpoints):
