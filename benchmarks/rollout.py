@@ -157,6 +157,7 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=Sizes.rounds)
     parser.add_argument("--quick", action="store_true", help="shows that it works; the figures mean nothing")
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM
@@ -165,7 +166,7 @@ def main() -> int:
         path = models.make(Path(folder) / "student", vocabulary=VOCABULARY, hidden=128, layers=2, logit_std=1.0)
         model = AutoModelForCausalLM.from_pretrained(path).eval()
     full = {"sequences": 2, "prompt": 8, "new_tokens": 8} if args.quick else FULL
-    figures = measure(model, QUICK if args.quick else Sizes(), full)
+    figures = measure(model, QUICK if args.quick else Sizes(rounds=args.rounds), full)
     figures["threads"] = torch.get_num_threads()
     for name, value in figures.items():
         print(f"{name:32} {value}")
