@@ -1,6 +1,6 @@
 """`student-train`: reads the configuration, starts what must be started, runs, and turns every end into one line and
-an exit code: 0 done; 1 training failed; 2 the command, a file or the teacher does not fit; 75 the teacher stayed away
-(the same command goes on); 130 and 143 stopped by SIGINT and SIGTERM (likewise).
+an exit code: 0 done; 1 training failed; 2 the command, a file or the teacher does not fit; 75 the teacher or the
+rollout servers stayed away (the same command goes on); 130 and 143 stopped by SIGINT and SIGTERM (likewise).
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ PROGRAM = "student-train"
 DESCRIPTION = """Trains a student on its own samples, scored by a teacher that runs elsewhere.
 
 Exit codes: 0 done; 1 training failed; 2 the command, a file or the teacher does not fit; 75 the teacher was away past
-teacher.timeout_s; 130 and 143 stopped by SIGINT and SIGTERM. After 75, 130 and 143 the same command goes on."""
-FAILED, UNUSABLE, TEACHER_GONE = 1, 2, 75
+teacher.timeout_s, or all rollout servers past rollout.server.timeout_s; 130 and 143 stopped by SIGINT and SIGTERM.
+After 75, 130 and 143 the same command goes on."""
+FAILED, UNUSABLE, GONE = 1, 2, 75
 SHORTCUTS = {
     "--teacher-url": "teacher.url",
     "--teacher-model": "teacher.model",
@@ -143,7 +144,7 @@ def _start(command: Command) -> int:
 
 def _rank(command: Command, urls: Mapping[str, str]) -> int:
     """This process' part of the run, with the teachers at `urls`; none: they are to be found or started."""
-    from student_trainer import distributed, guards, launch, plan, scoring
+    from student_trainer import distributed, guards, launch, plan
     from student_trainer.checkpoint import CheckpointError
     from student_trainer.rollout.base import RolloutError
     from student_trainer.run import prepare, require_alike
@@ -185,7 +186,7 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
                 prepared.begin()
         except guards.FailedElsewhere as error:
             return error.code
-        except (ValueError, RolloutError, TeacherError, CheckpointError, scoring.TeacherGone) as error:
+        except (ValueError, RolloutError, TeacherError, CheckpointError, *guards.GONE) as error:
             return _say(error, _exit_code(error))
         except distributed.RankLost as error:
             return _say_unless_launcher_does(error)
@@ -204,8 +205,8 @@ def _train(run: Run, stop: StopSignals) -> int:
             train(run)
     except guards.StopRequested:
         return _say(f"stopped after step {run.step}; run the same command again to go on", stop.exit_code)
-    except scoring.TeacherGone as error:
-        return _say(f"stopped after step {run.step}: {error}", TEACHER_GONE)
+    except guards.GONE as error:
+        return _say(f"stopped after step {run.step}: {error}", GONE)
     except (
         guards.TrainingError,
         RolloutError,
@@ -269,11 +270,11 @@ def _outage_s(config: TrainConfig) -> float:
 def _exit_code(error: Exception) -> int:
     """Of a failure before the first step."""
     from student_trainer.checkpoint import CheckpointError
+    from student_trainer.guards import GONE as AWAY
     from student_trainer.rollout.base import RolloutError
-    from student_trainer.scoring import TeacherGone
 
-    if isinstance(error, TeacherGone):
-        return TEACHER_GONE
+    if isinstance(error, AWAY):
+        return GONE
     return UNUSABLE if isinstance(error, ValueError | RolloutError | TeacherError | CheckpointError) else FAILED
 
 

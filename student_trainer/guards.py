@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.distributed import Distributed
+from student_trainer.rollout.base import RolloutGone
 from student_trainer.scoring import TeacherGone
 from student_trainer.types import Rollout
 
@@ -27,13 +28,15 @@ class StopRequested(Exception):
     """A signal asked the run to stop while nothing but time is lost by it."""
 
 
-RESUMABLE = (StopRequested, TeacherGone)
+GONE = (TeacherGone, RolloutGone)
+"""A service of others stayed away past its budget."""
+RESUMABLE = (StopRequested, *GONE)
 """Ends of a run after which the same command goes on from the checkpoint."""
 
 
 def agree(dist: Distributed, failure: Exception | None) -> None:
     """Called by every rank at the same point: raises on all of them if one has a failure, the gravest where there are
-    several: first an error, then a teacher that is gone, then a request to stop."""
+    several: first an error, then a teacher or servers that are gone, then a request to stop."""
     worst = int(dist.all_reduce_max(_gravity(failure)))
     if worst == 0:
         return
@@ -48,7 +51,7 @@ def agree(dist: Distributed, failure: Exception | None) -> None:
 def _gravity(failure: Exception | None) -> int:
     if failure is None:
         return 0
-    return 1 if isinstance(failure, StopRequested) else 2 if isinstance(failure, TeacherGone) else 3
+    return 1 if isinstance(failure, StopRequested) else 2 if isinstance(failure, GONE) else 3
 
 
 def _portable(failure: Exception) -> Exception:

@@ -305,7 +305,7 @@ def prepare(
         past: those that are the student's own past, served.
     Raises:
         ValueError: a family of one-line refusals: student, data, output directory, handshake.
-        TeacherGone, TeacherError, CheckpointError: the teacher or the checkpoint can't be used.
+        TeacherGone, TeacherError, RolloutGone, CheckpointError: teacher, rollout servers or checkpoint can't be used.
     """
     start = None if config.train.epochs else resume.find_start(config)
     check_installed(config.tracking)
@@ -345,8 +345,8 @@ def prepare(
             sampler=engines.make(
                 config,
                 copied.student if copied and config.rollout.engine == "torch" else student,
+                dist,
                 longest_tokens=longest,
-                world=dist.world,
             ),
             copied=copied,
             scorer=scorer,

@@ -12,6 +12,19 @@ class RolloutError(RuntimeError):
     """Sampling failed in a way that no other settings would cure, such as weights that give NaN."""
 
 
+class RolloutGone(RuntimeError):
+    """The servers that sample stayed away past their budget. Nothing was lost: the run goes on from its checkpoint."""
+
+    def __init__(self, urls: str, seconds: float, causes: str) -> None:
+        super().__init__(
+            f"no rollout server at {urls} for {seconds:.0f} s ({causes}); run the same command again to go on"
+        )
+        self.urls, self.seconds, self.causes = urls, seconds, causes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.urls, self.seconds, self.causes))
+
+
 class RolloutEngine(Protocol):
     def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]:
         """One completion per (prompt, uid), in the order given.

@@ -48,9 +48,6 @@ class ServerConfig(Section):
     hung; the completion is sampled elsewhere."""
     start_timeout_s: float = Field(300.0, gt=0, le=86_400)
     """How long to wait at the start for the first server that isn't there or is still loading."""
-    transport: Literal["auto", "gloo", "nccl"] = "auto"
-    """What carries the weights: nccl between GPUs (the trainer's environment needs vllm for it), gloo through the
-    hosts' memory. auto: nccl where student and server are on GPUs, else gloo."""
     address: str = ""
     """Of this machine, as the servers reach it for weights; empty: the one from which it reaches them."""
     logprob_tolerance: float = Field(0.0, ge=0.0, allow_inf_nan=False)

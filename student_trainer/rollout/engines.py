@@ -5,31 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from student_trainer.config import TrainConfig
+from student_trainer.distributed import Distributed
 from student_trainer.rollout.base import RolloutEngine
 from student_trainer.rollout.chat import Chat
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.environment import EnvironmentEngine
+from student_trainer.rollout.servers.engine import ServersSampler
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.rollout.vllm_colocated import ColocatedSampler
 from student_trainer.student import Student
 
 
-def make(config: TrainConfig, student: Student, *, longest_tokens: int, world: int) -> RolloutEngine:
+def make(config: TrainConfig, student: Student, dist: Distributed, *, longest_tokens: int) -> RolloutEngine:
     """The engine that rollout.engine names.
 
     Args:
         longest_tokens: longest prompt with its completion that can come up.
-        world: number of ranks.
     Raises:
-        ValueError: it isn't there, or can't sample from this student.
+        ValueError: it isn't there, or can't sample from this student. RolloutGone: its servers don't answer.
     """
     engine: RolloutEngine
     if config.rollout.engine == "vllm":
-        engine = ColocatedSampler(config, student, longest_tokens=longest_tokens, world=world)
-    elif config.rollout.engine == "torch":
-        engine = make_torch(config, student, {})
+        engine = ColocatedSampler(config, student, longest_tokens=longest_tokens, world=dist.world)
+    elif config.rollout.engine == "vllm-server":
+        engine = ServersSampler(config, student, dist, longest_tokens=longest_tokens)
     else:
-        raise ValueError(f"rollout.engine: got {config.rollout.engine}, expected torch or vllm: it is not there yet")
+        engine = make_torch(config, student, {})
     return conversing(engine, config.rollout, student)
 
 

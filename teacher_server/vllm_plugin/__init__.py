@@ -5,15 +5,12 @@ Imports nothing large: it is also loaded by vLLM engines that serve something el
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
-import signal
-import sys
+
+from teacher_api.parent import end_with_parent
 
 SERVER_PID = "PRECEPTOR_VLLM_SERVER_PID"
 """Environment variable: the process whose engine this is. Outside the server's own TEACHER_ names, which it checks."""
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def register() -> None:
@@ -30,9 +27,5 @@ def register() -> None:
     register_all()
     if current_platform.is_cpu():
         sleep_between_messages()
-    parent = multiprocessing.parent_process()
-    if server == str(os.getpid()) or parent is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent.pid:  # it died before the line above
-        os._exit(1)
+    if server != str(os.getpid()):
+        end_with_parent()

@@ -26,6 +26,16 @@ KEY = "preceptor"
 """Of SamplingParams.extra_args: marks requests whose tokens our sampler draws."""
 UNKNOWN = -1
 """Version of weights that nobody has named."""
+PROTOCOL = 1
+"""Of a rollout server's routes; raised where they change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What names weights: a session, which is one start of one run, and the optimizer steps behind them."""
+
+    session: str = ""
+    version: int = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """Methods that vLLM's worker gets from us (`worker_extension_cls`), called through collective_rpc: our sampler in place
-of the runner's, and weights from the trainer, loaded as vLLM packs them for this machine.
+of the runner's; and weights from the trainer, loaded under a checkpoint's names and packed for this machine.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class RolloutWorker:
         worker: Any = self
         worker.model_runner.sampler.version = version
 
+    def rollout_weights_digest(self) -> str:
+        """Of the bytes that the last update brought; empty where the transport computes none."""
+        worker: Any = self
+        return str(getattr(worker.weight_transfer_engine, "digest", ""))
+
 
 def begin(model: Any) -> None:
     """Makes the model ready for `load`."""
@@ -78,3 +83,15 @@ def _repack_tied_head(model: Any) -> None:
         embedding = getattr(embedding, "embed_tokens", None)
         if head is not None and hasattr(head, "cpu_linear") and getattr(embedding, "weight", None) is not None:
             dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def abandon(model: Any, model_config: Any) -> None:
+    """After `begin` and part of the tensors: layers that are not complete become what they were before."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            info.loaded_weights.clear()
+            info.load_numel = 0
+    finish(model, model_config)

@@ -1,0 +1,70 @@
+"""`rollout-serve` as a process of its own, on a port that stays the same over restarts; tests are its supervisor."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import tinymodels
+import training
+
+SHAPE = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+"""What vLLM's kernels for CPUs can do."""
+OPTIONS = (
+    "--dtype=float32", "--enforce-eager", "--max-model-len=128", f"--kv-cache-memory-bytes={16 << 20}",
+    "--disable-uvicorn-access-log",
+)  # fmt: skip
+
+
+class RolloutServer:
+    def __init__(self, folder: Path, model: Path | str, *options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "rollout.log"
+        self.port = training.free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [
+            sys.executable, "-m", "student_trainer.rollout.vllm_side.serve", str(model), "--host=127.0.0.1",
+            f"--port={self.port}", *OPTIONS, *options,
+        ]  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def begin(self) -> RolloutServer:
+        """Starts it without waiting until it is ready."""
+        with self.log.open("ab") as stream:
+            self.process = subprocess.Popen(self._command, stdout=stream, stderr=stream, env=dict(os.environ))
+        return self
+
+    def wait(self) -> RolloutServer:
+        training.wait_until(self._is_up, timeout_s=900.0, what="the rollout server's start")
+        return self
+
+    def kill(self) -> None:
+        assert self.process is not None, "begin() comes first"
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _is_up(self) -> bool:
+        assert self.process is not None, "begin() comes first"
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        try:
+            return httpx.get(f"{self.url}/v1/rollout/info", timeout=5.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+def save_student(path: Path, seed: int = 0) -> Path:
+    """A tiny student with tied embeddings, a tokenizer smaller than its head, and a shape that vLLM can do."""
+    return tinymodels.save_tiny(path, "qwen3", seed=seed, **SHAPE)
