@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,20 @@ class Task:
     new_tokens: int
     stop_ids: tuple[int, ...]
 
-    def ours(self, at_once: int, number: int) -> int:
-        """Samples all of them; tokens that were sampled."""
-        config = RolloutConfig(max_new_tokens=self.new_tokens, batch_sequences=at_once)
-        sampler = TorchSampler(
+    def sampler(self, at_once: int) -> TorchSampler:
+        return TorchSampler(
             self.model,
             eos_token_ids=self.stop_ids,
             pad_token_id=0,
             vocabulary_size=VOCABULARY,
-            config=config,
-            seed=number,
+            config=RolloutConfig(max_new_tokens=self.new_tokens, batch_sequences=at_once),
+            seed=0,
         )
-        return sum(r.num_tokens for r in sampler.sample(self.prompts, range(len(self.prompts))))
+
+    def ours(self, sampler: TorchSampler, number: int) -> int:
+        """Samples all of them; tokens that were sampled."""
+        uids = range(number * len(self.prompts), (number + 1) * len(self.prompts))
+        return sum(r.num_tokens for r in sampler.sample(self.prompts, uids))
 
     def generate(self, at_once: int, number: int) -> int:
         """The same with transformers: batches of like length, padded on the left."""
@@ -122,44 +125,28 @@ def task(model: Any, *, sequences: int, lengths: Sequence[int], new_tokens: int,
 
 
 def measure(model: Any, sizes: Sizes, full: dict[str, int]) -> dict[str, Any]:
-    mixed = task(
-        model,
-        sequences=sizes.sequences,
-        lengths=(sizes.shortest, sizes.longest),
-        new_tokens=sizes.new_tokens,
-        stop_ids=STOP_IDS,
-    )
-    ways: dict[str, Callable[[int], int]] = {"ours": lambda number: mixed.ours(sizes.at_once[0], number)}
-    for at_once in sizes.at_once:
-        ways[f"generate_{at_once}"] = lambda number, at_once=at_once: mixed.generate(at_once, number)
-    everything = sizes.sequences
-    ways["ours_all"] = lambda number: mixed.ours(everything, number)
-    ways["generate_all"] = lambda number: mixed.generate(everything, number)
+    lengths = (sizes.shortest, sizes.longest)
+    mixed = task(model, sequences=sizes.sequences, lengths=lengths, new_tokens=sizes.new_tokens, stop_ids=STOP_IDS)
+    ways: dict[str, Callable[[int], int]] = {}
+    for name, at_once in (("", sizes.at_once[0]), ("_all", sizes.sequences)):
+        ways[f"ours{name}"] = partial(mixed.ours, mixed.sampler(at_once))
+    for name, at_once in (*((f"_{n}", n) for n in sizes.at_once), ("_all", sizes.sequences)):
+        ways[f"generate{name}"] = partial(mixed.generate, at_once)
     rates = taking_turns(ways, sizes.rounds)
     figures: dict[str, Any] = {f"tokens_per_s_{name}": round(float(np.median(rates[name]))) for name in ways}
     best = max((f"generate_{at_once}" for at_once in sizes.at_once), key=lambda name: float(np.median(rates[name])))
     figures["speedup_vs_generate"] = ratio(rates["ours"], rates[best])
     figures["speedup_vs_generate_all"] = ratio(rates["ours_all"], rates["generate_all"])
-    even = task(
-        model,
-        sequences=full["sequences"],
-        lengths=(full["prompt"],),
-        new_tokens=full["new_tokens"],
-        stop_ids=(),
-    )
-    rates = (
-        taking_turns(
-            {"ours": lambda n: even.ours(even_rows, n), "generate": lambda n: even.generate(even_rows, n)},
-            sizes.rounds,
-        )
-        if (even_rows := full["sequences"])
-        else {}
-    )
-    tokens = full["sequences"] * full["new_tokens"]
-    for name, values in rates.items():
-        figures[f"full_length_s_{name}"] = round(tokens / float(np.median(values)), 3)
-    figures["full_length_speedup"] = ratio(rates["ours"], rates["generate"])
-    return figures
+    return {**figures, **full_length(model, sizes.rounds, **full)}
+
+
+def full_length(model: Any, rounds: int, *, sequences: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+    even = task(model, sequences=sequences, lengths=(prompt,), new_tokens=new_tokens, stop_ids=())
+    ours, theirs = partial(even.ours, even.sampler(sequences)), partial(even.generate, sequences)
+    rates = taking_turns({"ours": ours, "generate": theirs}, rounds)
+    seconds = {name: sequences * new_tokens / float(np.median(rates[name])) for name in rates}
+    figures: dict[str, Any] = {f"full_length_s_{name}": round(taken, 3) for name, taken in seconds.items()}
+    return {**figures, "full_length_speedup": ratio(rates["ours"], rates["generate"])}
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
@@ -170,6 +157,7 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=Sizes.rounds)
     parser.add_argument("--quick", action="store_true", help="shows that it works; the figures mean nothing")
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM
@@ -178,7 +166,7 @@ def main() -> int:
         path = models.make(Path(folder) / "student", vocabulary=VOCABULARY, hidden=128, layers=2, logit_std=1.0)
         model = AutoModelForCausalLM.from_pretrained(path).eval()
     full = {"sequences": 2, "prompt": 8, "new_tokens": 8} if args.quick else FULL
-    figures = measure(model, QUICK if args.quick else Sizes(), full)
+    figures = measure(model, QUICK if args.quick else Sizes(rounds=args.rounds), full)
     figures["threads"] = torch.get_num_threads()
     for name, value in figures.items():
         print(f"{name:32} {value}")

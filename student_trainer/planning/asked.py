@@ -36,6 +36,7 @@ def load_of(
         chunk_rows=config.train.loss_chunk_rows or max(1, CHUNK_BYTES // (4 * width)),
         teacher_values=width if needs.top_k == "all" else 2 * (needs.top_k + needs.student_top_k + 1),
         decoded=min(config.rollout.batch_sequences, per_device(config, world)) if samples else 0,
+        group=config.rollout.group_size,
         prompt=prompt,
         longest=longest,
         arithmetic_bytes=2 if config.student.dtype == "bfloat16" else 4,

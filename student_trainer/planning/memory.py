@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from student_trainer.distributed import BUCKET_BYTES
 from student_trainer.planning.shape import Shape
+from student_trainer.rollout.continuous import PROMPT_TOKENS
 
 FLOAT32 = 4
 OPTIMIZER_VALUES = {"adamw": 2, "muon": 2}
 """float32 values of optimizer state per parameter: AdamW's two moments (Muon keeps one for its matrices)."""
 LOSS_BYTES = 24 * 2**20
 """Beside a chunk's logits: blocks of rows of the objective and of the head's product, a few megabytes each."""
-SAMPLING_COPIES = 4
-"""Arrays as large as the logits of one step of sampling: logits, log-softmax, probabilities, their running sum."""
+SAMPLING_COPIES = 3
+"""Arrays as large as the logits of one step of sampling: logits, those below V on their own, probabilities."""
 SCORING_CHUNKS = 4 * 256 * 2**20
 """Of the fused path on a GPU: a chunk of logits and up to three times as much beside it (docs/operations.md)."""
 TEACHER_FORWARD_TOKENS = 8192
@@ -34,6 +35,7 @@ class Load:
     chunk_rows: int  # scored positions whose logits exist at a time
     teacher_values: int  # of a scored position, in float32 or int32
     decoded: int  # sequences decoded at a time; 0: nothing is sampled
+    group: int  # completions of one prompt
     prompt: int  # tokens of the longest prompt
     longest: int  # tokens of the longest sequence
     arithmetic_bytes: int
@@ -88,8 +90,8 @@ def phases(shape: Shape, load: Load, parts: tuple[int, int, int], world: int) ->
     if load.decoded:
         sampling = {
             "gathered": FLOAT32 * shape.parameters if is_cut else 0,
-            "cache": load.decoded * load.longest * cache_bytes(shape, FLOAT32 + load.arithmetic_bytes),
-            "prompts": one_forward(shape, load.decoded * load.prompt, load.arithmetic_bytes),
+            "cache": load.decoded * load.longest * cache_bytes(shape, sampling_pair(shape, load.arithmetic_bytes)),
+            "prompts": one_forward(shape, prompt_tokens(shape, load), load.arithmetic_bytes),
             "logits": SAMPLING_COPIES * FLOAT32 * load.decoded * shape.width,
         }
         found["sample"] = {**held, **sampling}
@@ -118,6 +120,19 @@ def activations(shape: Shape, load: Load) -> int:
 def cache_bytes(shape: Shape, pair_bytes: int) -> int:
     """Of a token's keys and values in all layers; `pair_bytes`: of one key's and one value's number."""
     return shape.layers * shape.keys * pair_bytes
+
+
+def sampling_pair(shape: Shape, arithmetic_bytes: int) -> int:
+    """Bytes of one key's and one value's number in the sampler's cache: slots keep both as attention takes them,
+    transformers' cache keeps keys as rotated, in float32."""
+    return (arithmetic_bytes if shape.continuous else FLOAT32) + arithmetic_bytes
+
+
+def prompt_tokens(shape: Shape, load: Load) -> int:
+    """Of prompts in one forward of sampling: each prompt once, and so many at a time, where sequences come and go."""
+    if not shape.continuous:
+        return load.decoded * load.prompt
+    return min(-(-load.decoded // load.group) * load.prompt, max(PROMPT_TOKENS, load.prompt))
 
 
 def one_forward(shape: Shape, tokens: int, number_bytes: int) -> int:

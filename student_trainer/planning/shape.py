@@ -12,6 +12,7 @@ from student_trainer.config import StudentConfig
 from student_trainer.forms import lora
 from student_trainer.forms.freeze import freeze
 from student_trainer.forms.loading import LOAD_ERRORS, StudentError, locate
+from student_trainer.rollout import slots
 from teacher_api import causal_lm
 
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -35,6 +36,7 @@ class Shape:
     inner: int  # width of the feed-forward's middle, of the experts a token is routed to
     width: int  # columns of the logits
     dtype_bytes: int  # of a weight, as the checkpoint says
+    continuous: bool  # sampled by continuous batching; its attention may yet turn out to have more to it
 
     @classmethod
     def of(cls, model: Any, parts: causal_lm.Parts) -> Shape:
@@ -71,6 +73,7 @@ class Shape:
             inner=inner * routed,
             width=parts.logit_width,
             dtype_bytes=stored.itemsize if isinstance(stored, torch.dtype) else 2,
+            continuous=slots.keeps_every_key(config),
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from student_trainer.planning.memory import FLOAT32, cache_bytes
+from student_trainer.planning.memory import FLOAT32, cache_bytes, sampling_pair
 from student_trainer.planning.shape import Shape
 
 
@@ -93,17 +93,19 @@ gradient twice and written it once."""
 
 
 def sampling(shape: Shape, step: Step, rates: Rates) -> float:
-    """Seconds to decode all samples: the prompts once, then for each token all weights and the cache from memory, or
-    the products if those take longer."""
+    """Seconds to decode all samples: the prompts (a group's once, where sequences come and go), then for each token all
+    weights and the cache from memory, or the products if those take longer. Completions of one length come and go
+    together: as many passes as there are times that all slots are filled."""
     if not step.decoded:
         return 0.0
     passes = -(-step.sequences // step.decoded)
     rows = -(-step.sequences // passes)
     weights = shape.parameters * FLOAT32 * (2 if step.casts else 1)  # cast for each pass: read, write half, read half
-    number = FLOAT32 + (2 if step.casts else FLOAT32)
-    read = weights + rows * (step.prompt + step.new_tokens / 2) * cache_bytes(shape, number)
+    pair = sampling_pair(shape, 2 if step.casts else FLOAT32)
+    read = weights + rows * (step.prompt + step.new_tokens / 2) * cache_bytes(shape, pair)
     flop = 2.0 * shape.active * rows + head_flop(shape, rows)
-    prompts = forward_flop(shape, rows, step.prompt, computed=rows * step.prompt) / rates.flop_s
+    computed = rows / step.group if shape.continuous else rows
+    prompts = computed * forward_flop(shape, 1, step.prompt, computed=step.prompt) / rates.flop_s
     return passes * (prompts + step.new_tokens * max(read / rates.bytes_s, flop / rates.flop_s))
 
 

@@ -103,8 +103,7 @@ class SlotDecoder:
         except (ValueError, AttributeError) as error:
             raise UnfitError(str(error)) from error
         text = causal_lm.text_config(model.config)
-        layers = DynamicCache(config=text).layers
-        if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        if not keeps_every_key(text):
             raise UnfitError("not every layer keeps every key")
         if self._parts.cache_name != "past_key_values" or "position_ids" not in self._parts.accepts:
             raise UnfitError("its trunk takes no positions, or no keys and values")
@@ -198,6 +197,12 @@ class SlotDecoder:
         if cache.attended != len(cache.buffers) or not cache.buffers:
             raise UnfitError("it attends by code of its own")
         return hidden_1TH[0]  # type: ignore[no-any-return]
+
+
+def keeps_every_key(config: Any) -> bool:
+    """Of a language model's configuration: whether transformers gives each layer a cache that drops nothing."""
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def _as_computed(states: Tensor) -> Tensor:

@@ -70,7 +70,10 @@ def _whole_steps(name: str, pipe: Any) -> None:
     sampler = make_torch(run.config, run.student, {})
     learn_once(run)
     learn_once(run)
-    sampler.sample([run.prompts.all()[-1]] * rows, list(range(rows)), keep_top_k=run.needs.student_top_k)
+    longest = run.prompts.all()[-1]
+    unlike = [np.concatenate([[i], longest.token_ids[1:]]).astype(np.int32) for i in range(rows)]  # nobody's group
+    prompts = [dataclasses.replace(longest, token_ids=ids) for ids in unlike]
+    sampler.sample(prompts, list(range(rows)), keep_top_k=run.needs.student_top_k)
     learn_once(run)
     peak = measure._peak(torch.device("cpu")) - before
     tokens = asked.micro_batch_tokens(run.config, run.longest_tokens, 1)
@@ -95,6 +98,25 @@ def test_the_peak_of_whole_steps_is_near_the_formula(name: str) -> None:
     process.join()
     print(f"{name}: measured {measured / 2**20:.0f} MiB, expected {expected / 2**20:.0f} MiB when it {phase}s")
     assert expected / MEMORY_FACTOR <= measured <= expected * MEMORY_FACTOR
+
+
+def test_prompts_of_groups_are_planned_once_and_not_all_at_a_time() -> None:
+    run = run_of(64)
+    model = Shape.of(run.student.model, run.student.parts)
+    assert model.continuous
+    load = dataclasses.replace(load_of(run), decoded=64, prompt=100, group=8, arithmetic_bytes=2)
+
+    def sampling(shape: Shape, **changes: int) -> memory.Bytes:
+        return memory.phases(shape, dataclasses.replace(load, **changes), (1, 1, 1), 1)["sample"]
+
+    assert sampling(model)["prompts"] == sampling(model, decoded=8, group=1)["prompts"]  # eight groups: eight prompts
+    assert (
+        sampling(model, group=1, prompt=1000)["prompts"] == sampling(model, decoded=1, group=1, prompt=4096)["prompts"]
+    )
+    batches = dataclasses.replace(model, continuous=False)
+    assert sampling(batches)["prompts"] == 8 * sampling(model)["prompts"]
+    # Slots keep both in bfloat16, a family's own cache rotated keys in float32.
+    assert sampling(batches)["cache"] * 4 == sampling(model)["cache"] * 6
 
 
 def test_each_strategy_cuts_what_it_says() -> None:

@@ -119,23 +119,38 @@ def test_untempered_policies_agree_except_for_the_masked_columns() -> None:
         np.testing.assert_allclose(rollout.behaviour_logprob - rollout.full_logprob, shift, atol=2e-5)
 
 
-def test_sampled_completions_follow_the_model_token_by_token() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 12},
+        {"top_p": 0.8},
+        {"temperature": 1.3, "top_k": 30, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_sampled_completions_follow_the_model_token_by_token(settings: dict[str, float]) -> None:
     """Two tokens from one prompt, many times: the pairs' frequencies against the float64 product of conditionals."""
     model = tiny_model(scale=3.0)
     with torch.no_grad():
         model.model.norm.weight.mul_(4.0)  # sharper, so that single pairs are likely enough to be counted
     prompt = make_prompts(1, shortest=4)[0]
     count = 4000
-    rollouts = sampler(model, max_new_tokens=2, eos=(), batch_sequences=2000).sample([prompt] * count, range(count))
+    rollouts = sampler(model, max_new_tokens=2, eos=(), batch_sequences=1500, **settings).sample(
+        [prompt] * count, range(count)
+    )
     model.double()
     with torch.no_grad():
         ids = torch.from_numpy(prompt.token_ids).long()
-        first = model(input_ids=ids[None]).logits[0, -1, :VOCABULARY].softmax(-1)
+        first = model(input_ids=ids[None]).logits[0, -1].numpy()
         after = torch.cat([ids.expand(VOCABULARY, -1), torch.arange(VOCABULARY)[:, None]], dim=1)
-        second = model(input_ids=after).logits[:, -1, :VOCABULARY].softmax(-1)
-    p = (first[:, None] * second).flatten().numpy()
+        second = model(input_ids=after).logits[:, -1].numpy()
+    policy = {"temperature": 1.0, "top_k": VOCABULARY, "top_p": 2.0, **settings}
+    p = (truncated(first, **policy)[:, None] * np.stack([truncated(z, **policy) for z in second])).flatten()
     pairs = [int(r.token_ids[0]) * VOCABULARY + int(r.token_ids[1]) for r in rollouts]
     seen = np.bincount(pairs, minlength=VOCABULARY**2)
+    assert not seen[p == 0].any()
     # The 20 likeliest pairs by the model, and everything else as one: 20 degrees of freedom.
     likely = np.argsort(-p)[:20]
     p = np.append(p[likely], 1 - p[likely].sum())

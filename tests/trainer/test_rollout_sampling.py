@@ -98,6 +98,32 @@ def test_extreme_uniforms_only_give_ids_that_have_mass() -> None:
     assert total.tolist() == [1.0] * 4
 
 
+@pytest.mark.parametrize("size", [40, 256, 1000, 32_000, 50_257])
+def test_the_id_drawn_is_where_the_distribution_function_reaches_the_uniform(size: int) -> None:
+    """Against sums over the whole vocabulary in float64, whatever the number of blocks and the length of the last."""
+    rng = np.random.default_rng(size)
+    z = rng.normal(0.0, 2.0, size=(50, size)).astype(np.float32)
+    z[rng.random(z.shape) < 0.3] = -np.inf
+    z[:, [0, -1]] = 3.0  # so that both ends are reached
+    u = np.concatenate([rng.random((40, 50)), np.zeros((1, 50)), np.full((1, 50), np.nextafter(1.0, 0.0))])
+    p = np.exp(z.astype(np.float64) - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    upto = np.cumsum(p, axis=-1)
+    mass = torch.from_numpy(z).softmax(-1)
+    rows = np.arange(50)
+    for uniform in u:
+        ids = sampling.inverse_cdf(mass, torch.from_numpy(uniform))[0].numpy()
+        assert (p[rows, ids] > 0).all()
+        assert (upto[rows, ids] - p[rows, ids] <= uniform + 1e-6).all()
+        assert (uniform <= upto[rows, ids] + 1e-6).all()
+    # And the other way round: the middle of each id's stretch gives that id, where it is wider than rounding.
+    middle = upto - p / 2
+    wide = np.argsort(-p, axis=-1)[:, :20]
+    for column in wide.T:
+        ids = sampling.inverse_cdf(mass, torch.from_numpy(middle[rows, column]))[0].numpy()
+        assert np.array_equal(ids, column)
+
+
 def test_last_uniform_before_one_never_overruns_whatever_the_mass_rounds_to() -> None:
     z = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32))
     z[:, 40:] = -torch.inf
@@ -121,6 +147,25 @@ def test_greedy_takes_the_lowest_of_equal_ids_below_the_vocabulary() -> None:
 def test_most_likely_ids_leave_out_the_columns_beyond_the_vocabulary() -> None:
     got = sampling.most_likely(torch.tensor([[0.0, 3.0, 2.0, 9.0]]), 10, vocabulary_size=3)
     assert got.tolist() == [[1, 2, 0]]
+
+
+@pytest.mark.parametrize("size", [300, 32_000, 50_257])
+def test_searching_by_blocks_finds_what_a_search_of_all_ids_finds(size: int) -> None:
+    rng = np.random.default_rng(size)
+    z = rng.permuted(np.tile(np.arange(size + 7, dtype=np.float32), (6, 1)), axis=-1)  # all different
+    z[0, :size] = -np.inf
+    z[0, size - 3 : size] = [1.0, 3.0, 2.0]
+    z[1, [5, size // 2, size - 1]] = 1e9  # equal ones: the first is taken
+    logits = torch.from_numpy(z)
+    valid = z[:, :size]
+    assert np.array_equal(sampling.first_of_largest(logits[:, :size]).numpy(), valid.argmax(-1))
+    assert np.array_equal(sampling.draw_greedy(logits, vocabulary_size=size).token_B.numpy(), valid.argmax(-1))
+    for k in (1, 16, 64):
+        got = sampling.most_likely(logits, k, vocabulary_size=size).numpy()
+        assert got.max() < size
+        assert all(len(set(row)) == k for row in got.tolist())
+        best = np.take_along_axis(valid, got.astype(np.int64), axis=-1)
+        assert np.array_equal(best, -np.sort(-valid, axis=-1)[:, :k])
 
 
 def test_uniforms_depend_on_seed_and_uid_alone() -> None:
