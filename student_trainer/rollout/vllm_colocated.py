@@ -61,7 +61,7 @@ class ColocatedSampler:
         self._engine: VllmEngine | None = None
         self._lora: Any = None  # vLLM's request of the adapter
         self._version = -1
-        self._has_base = self._asleep = False
+        self._has_base = self._has_all = self._asleep = False
         self._error = 0.0
 
     def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]:
@@ -89,7 +89,7 @@ class ColocatedSampler:
                 self._engine = self._started()
             except EngineError as error:
                 raise RolloutError(str(error)) from error
-        self._has_base = self._has_base and self._adapted  # whole weights are new
+        self._has_all = False
         self._wake(self._engine)
         self._engine.set_version(version)
         ids = handover.known_text(self._student.vocabulary_size, self._engine.max_tokens - 1)
@@ -132,18 +132,19 @@ class ColocatedSampler:
         """Frees the cache, and the weights: those under adapters wait in the host's memory, others come again."""
         if self._student.device.type == "cuda" and not self._asleep:
             engine.sleep(1 if self._adapted else 2)
-            self._has_base = self._adapted
+            self._has_all = self._has_all and self._adapted
             self._asleep = True
 
     def _wake(self, engine: VllmEngine) -> None:
         """Awake and with the student's weights as they are."""
         if self._asleep:
             engine.wake_up("weights")
-        if not self._has_base:
-            self._hand_over(engine)
-            self._has_base = True
-        if self._adapted:
-            self._hand_over_adapter(engine)
+        if not self._has_all:
+            if not (self._has_base and self._adapted):
+                self._hand_over(engine)
+            if self._adapted:
+                self._hand_over_adapter(engine)
+            self._has_base = self._has_all = True
         if self._asleep:
             engine.wake_up("kv_cache")
         self._asleep = False

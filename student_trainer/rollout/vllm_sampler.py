@@ -49,8 +49,11 @@ class VllmSampler:
         self._stop_ids = sorted({*self.eos_token_ids, *config.stop_token_ids})
         self._config, self._seed, self._vocabulary_size = config, seed, len(tokenizer)
         own = {"model": model, "revision": revision or None, "dtype": dtype, "seed": 0}
+        twice = sorted(own.keys() & arguments.keys())
+        if twice:
+            raise StudentError(f"vllm: got {twice[0]}, expected none: an option of its own decides it")
         try:
-            self._engine = VllmEngine({**arguments, **own}, in_process=False, whose="engine")
+            self._engine = VllmEngine({**own, **arguments}, in_process=False, whose="engine")
         except EngineError as error:
             raise StudentError(str(error)) from error
         self.max_tokens = self._engine.max_tokens
