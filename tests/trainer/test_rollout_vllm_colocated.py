@@ -24,7 +24,6 @@ from student_trainer import student as students
 from student_trainer.config import TrainConfig
 from student_trainer.rollout import handover
 from student_trainer.rollout.base import RolloutError
-from student_trainer.rollout.engines import make
 from student_trainer.rollout.vllm_colocated import ColocatedSampler
 from student_trainer.rollout.vllm_side import worker
 from student_trainer.tracking import read_metrics
@@ -71,9 +70,7 @@ def settings(model: Path, **sections: Any) -> TrainConfig:
 
 def opened(config: TrainConfig) -> tuple[ColocatedSampler, students.Student]:
     student = students.load(config.student, torch.device("cpu"))
-    engine = make(config, student, longest_tokens=60, world=1)
-    assert isinstance(engine, ColocatedSampler)
-    return engine, student
+    return ColocatedSampler(config, student, longest_tokens=60, world=1), student
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
