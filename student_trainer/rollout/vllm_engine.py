@@ -21,11 +21,11 @@ from student_trainer.rollout.base import RolloutError
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.jobs import require_continuable
 from student_trainer.rollout.vllm_side.request import Draws, Record, parameters
+from student_trainer.rollout.vllm_side.worker import EXTENSION
 from student_trainer.student import Student
 from student_trainer.types import Prompt, Rollout
 from teacher_api.types import FloatArray, IntArray
 
-EXTENSION = "student_trainer.rollout.vllm_side.worker.RolloutWorker"
 RUNNER, LOG_LEVEL = "VLLM_USE_V2_MODEL_RUNNER", "VLLM_LOGGING_LEVEL"
 
 
