@@ -56,13 +56,18 @@ class _Plan:
 class _Slots(Cache):  # type: ignore[misc]
     """Keys and values [S, C, K, D] of each layer."""
 
+    is_sliding = (False,)  # asked by the function that makes masks, before it finds that none is to be made
+
     def __init__(self, num_slots: int, capacity: int) -> None:
-        super().__init__(layers=[])
         self.shape = (num_slots, capacity)
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self.plan: _Plan | None = None
         self.written: tuple[Tensor, Tensor] | None = None  # buffers of the layer that is being computed
         self.attended = 0  # layers since the pass began
+
+    @property
+    def layers(self) -> Any:
+        raise UnfitError("its layers look into the cache")
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
