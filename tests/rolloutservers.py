@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import tinymodels
@@ -68,3 +73,28 @@ class RolloutServer:
 def save_student(path: Path, seed: int = 0) -> Path:
     """A tiny student with tied embeddings, a tokenizer smaller than its head, and a shape that vLLM can do."""
     return tinymodels.save_tiny(path, "qwen3", seed=seed, **SHAPE)
+
+
+def recording_trainer(argv: list[str], log: Path, records: Path) -> ForkServerProcess:
+    """`student-train` in a process of its own that writes a JSON line for each sample that a gradient is taken of."""
+    return training._forked(functools.partial(_train_recording, records=str(records)), argv, log)
+
+
+def recorded(records: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
+
+
+def _train_recording(argv: list[str], *, records: str) -> int:
+    from student_trainer import train
+
+    backward = train.backward
+
+    def noting(run: Any, members: Sequence[Any], *rest: Any) -> Any:
+        with open(records, "a") as stream:
+            for rollout in (member.rollout for member in members):
+                line = {"step": run.step, "uid": rollout.uid, "versions": sorted(set(rollout.versions.tolist()))}
+                stream.write(json.dumps(line) + "\n")
+        return backward(run, members, *rest)
+
+    train.backward = noting
+    return training._train(argv)

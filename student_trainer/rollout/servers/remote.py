@@ -72,11 +72,9 @@ class Remote:
         await self._call("POST", "/connect", {"parameters": dict(parameters)}, timeout_s)
         return {}
 
-    async def take(
-        self, weights: Weights, update: Mapping[str, Any], timeout_s: float, *, mix: bool = False
-    ) -> dict[str, Any]:
+    async def take(self, weights: Weights, update: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Has it load what a sender sends meanwhile; it answers when it samples from that."""
-        asked = {**asdict(weights), "update": dict(update), "mix": mix, "timeout_s": timeout_s}
+        asked = {**asdict(weights), "update": dict(update), "timeout_s": timeout_s}
         return dict((await self._call("POST", "/weights", asked, timeout_s)).json())
 
     async def logprobs(self, weights: Weights, ids: IntArray, timeout_s: float) -> FloatArray:

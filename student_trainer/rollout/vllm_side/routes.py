@@ -45,7 +45,6 @@ class Take(_Of):
     """What comes: keyword arguments of the transport's update info."""
 
     update: dict[str, Any]
-    mix: bool = False
     timeout_s: float = Field(gt=0)
 
 
@@ -87,7 +86,7 @@ async def connect(asked: Connect, raw_request: Request) -> JSONResponse:
 async def weights(asked: Take, raw_request: Request) -> JSONResponse:
     service = _service(raw_request)
     try:
-        digest = await service.take(asked.weights, asked.update, mix=asked.mix, timeout_s=asked.timeout_s)
+        digest = await service.take(asked.weights, asked.update, timeout_s=asked.timeout_s)
     except HandOverFailed as error:
         return _problem(503, error)
     return JSONResponse({"digest": digest})

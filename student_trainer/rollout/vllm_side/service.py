@@ -82,16 +82,15 @@ class RolloutService:
         with _failing("the workers did not reach the sender"):
             await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=parameters))
 
-    async def take(self, new: Weights, update: dict[str, Any], *, mix: bool, timeout_s: float) -> str:
-        """New weights in place of those before. What is being sampled is finished with the old ones first; with `mix`
-        it goes on with the new ones in the middle of a completion.
+    async def take(self, new: Weights, update: dict[str, Any], *, timeout_s: float) -> str:
+        """New weights in place of those before. What is being sampled is finished with the old ones first.
 
         Returns:
             SHA-256 of the bytes that came; empty where the transport computes none.
         Raises:
             HandOverFailed: from then on the server has no weights, until the next hand-over.
         """
-        async with self._alone(mix):
+        async with self._alone():
             self._weights = Weights()
             try:
                 digest = await asyncio.wait_for(self._load(new, update), timeout_s + GRACE_S)
@@ -171,20 +170,16 @@ class RolloutService:
             self._changed.notify_all()
 
     @contextlib.asynccontextmanager
-    async def _alone(self, mix: bool) -> AsyncIterator[None]:
-        """Inside, nothing samples: what did has ended, or, with `mix`, waits in the engine."""
+    async def _alone(self) -> AsyncIterator[None]:
+        """Inside, nothing samples: what did has ended, and what comes waits."""
         async with self._changed:
             await self._changed.wait_for(lambda: not self._updating)
             self._updating = True
-            if not mix:
-                await self._changed.wait_for(lambda: not self._sampling)
         try:
-            if mix:
-                await self._engine.pause_generation(mode="keep")
+            async with self._changed:
+                await self._changed.wait_for(lambda: not self._sampling)
             yield
         finally:
-            if mix:
-                await self._engine.resume_generation()
             async with self._changed:
                 self._updating = False
                 self._changed.notify_all()
