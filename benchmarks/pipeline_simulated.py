@@ -115,7 +115,8 @@ class Teacher:
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        self._busy = threading.Lock()
+        self._taking = threading.Lock()
+        self._free_at = 0.0
 
     def route(self, rollout: Rollout) -> str:
         return ""
@@ -123,10 +124,12 @@ class Teacher:
     def widths(self) -> dict[str, tuple[int, int]]:
         return {"": (WIDTH, 1)}
 
-    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Metrics]:
-        with self._busy:
-            until(time.perf_counter() + sum(r.num_tokens for r in rollouts) * self._costs.score)
-        return [ScoredRollout(r, _scores(r)) for r in rollouts], {}
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
+        with self._taking:  # first come, first served
+            begun = max(time.perf_counter(), self._free_at)
+            self._free_at = done = begun + sum(r.num_tokens for r in rollouts) * self._costs.score
+        until(done)
+        return [ScoredRollout(r, _scores(r)) for r in rollouts], [{}] * len(rollouts)
 
 
 def _scores(rollout: Rollout) -> Scores:

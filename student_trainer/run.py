@@ -145,7 +145,7 @@ class Run:
         scored, add_up = samples.all(), self.dist.sum_metrics
         figures = metrics.of_rollouts(scored, add_up)
         self.tokens += int(figures["tokens"])
-        figures |= {**self.scorer.figures(add_up, samples.sums), **self.past.figures()}
+        figures |= {**self.scorer.figures(add_up, samples.sums()), **self.past.figures()}
         if self.config.train.schedule == "async":
             figures |= metrics.of_staleness(scored, samples.step, samples.dropped, add_up)
         figures |= {name: self.dist.all_reduce_max(value) for name, value in sorted(self.sampler.figures().items())}
@@ -278,7 +278,10 @@ class Run:
                 checkpoint.export(place, model=model, tokenizer=self.student.tokenizer, card=card)
 
     def close(self) -> None:
-        self.timeline.write_trace(self.run_dir, self.dist.rank)
+        try:
+            self.timeline.write_trace(self.run_dir, self.dist.rank)
+        except OSError as error:  # how the run ended is told by whoever ends it
+            self.console.say(f"warning: no trace: {error}")
         self.console.close()
         if self.tracker is not None:
             self.tracker.close()

@@ -144,14 +144,17 @@ def finish(process: ForkServerProcess, log: Path, *, timeout_s: float = START_S)
     return process.exitcode
 
 
-def ranks(argv: list[str], world: int, log: Path, **variables: str) -> list[ForkServerProcess]:
-    """`student-train` as `world` processes of one run, as torchrun would start them, with further variables."""
+def ranks(
+    argv: list[str], world: int, log: Path, main: Callable[[list[str]], int] | None = None, **variables: str
+) -> list[ForkServerProcess]:
+    """`student-train` (or `main`) as `world` processes of one run, as torchrun would start them, with further
+    variables."""
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port()), **variables}
     started = []
     for rank in range(world):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = FORKS.Process(target=_enter, args=(_train, argv, str(log), environment))
+        process = FORKS.Process(target=_enter, args=(main or _train, argv, str(log), environment))
         process.start()
         started.append(process)
     return started

@@ -29,7 +29,7 @@ class Arrivals:
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._sampled: set[int] = set()
         self._scored: dict[int, ScoredRollout] = {}
-        self.sums: Metrics = {}  # what was told of the answers
+        self._sums: dict[int, Metrics] = {}
         self.dropped = 0  # samples that were made again, for their age
 
     def send(self, rollouts: Sequence[Rollout]) -> None:
@@ -57,6 +57,13 @@ class Arrivals:
         """All of them, in order of their numbers, when the last has come. Raises as `micro_batches`."""
         return list(self._in_order())
 
+    def sums(self) -> Metrics:
+        """What was told of the answers, added up in order of the samples' numbers: the sum's bits depend on it."""
+        total: Metrics = {}
+        for uid in self._uids:
+            metrics.add(total, self._sums[uid])
+        return total
+
     def _timed(self, batch: Sequence[int]) -> Iterator[list[ScoredRollout]]:
         members = [self._scored[self._uids[index]] for index in batch]
         with self._timeline.span("learn", self.step, samples=len(members)):
@@ -77,7 +84,7 @@ class Arrivals:
         if isinstance(event, BaseException):
             raise event
         if isinstance(event, Answer):
-            self._scored |= {scored.rollout.uid: scored for scored in event.scored}
-            metrics.add(self.sums, event.sums)
+            for scored, sums in zip(event.scored, event.sums, strict=True):
+                self._scored[scored.rollout.uid], self._sums[scored.rollout.uid] = scored, sums
         else:
             self._sampled.add(event.uid)

@@ -21,7 +21,7 @@ class Answer:
     """Of one request."""
 
     scored: Sequence[ScoredRollout]
-    sums: Metrics  # what Panel.ask tells of it
+    sums: Sequence[Metrics]  # what Panel.ask tells of each
 
 
 Event = Rollout | Answer | BaseException
@@ -39,8 +39,8 @@ class Asker(Protocol):
         """Of each queue: requests in flight at a time, and samples in one."""
         ...
 
-    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Metrics]:
-        """The scores of samples of the queue `name`; called from several threads at once."""
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
+        """The scores of samples of the queue `name`, and sums to be added up; called from several threads at once."""
         ...
 
 

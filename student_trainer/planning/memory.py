@@ -44,6 +44,7 @@ class Load:
     averages: bool  # optim.ema_decay: one more value a trained parameter, kept with the optimizer's
     offloaded: bool  # weights, gradients and state wait on the host (fsdp2)
     on_gpu: bool
+    samples_meanwhile: bool = False  # from a copy of the weights, while the student learns (train.schedule async)
 
 
 def parts_of(strategy: str, world: int) -> tuple[int, int, int]:
@@ -95,6 +96,9 @@ def phases(shape: Shape, load: Load, parts: tuple[int, int, int], world: int) ->
             "logits": SAMPLING_COPIES * FLOAT32 * load.decoded * shape.width,
         }
         found["sample"] = {**held, **sampling}
+        if load.samples_meanwhile:
+            sampling |= {"copied weights": FLOAT32 * shape.trained, "logits of sampling": sampling.pop("logits")}
+            found = {name: {**sampling, **parts} for name, parts in found.items() if name != "sample"}
     return {name: {k: v for k, v in held.items() if v} for name, held in found.items()}
 
 

@@ -135,12 +135,14 @@ class Panel:
         TeacherScorer.score."""
         self._sums = {}
         if len(self._names) == 1 or self._by == "mixture":
-            scored, self._sums = self.ask(self._only, rollouts)
+            scored, sums = self.ask(self._only, rollouts)
+            for each in sums:
+                metrics.add(self._sums, each)
             return scored
         chosen = [self.teacher_of(rollout) for rollout in rollouts]
         parts = {n: [r for r, c in zip(rollouts, chosen, strict=True) if c == n] for n in self._names}
         views = self._at_once(lambda member: member.scorer.score(parts[member.name]))
-        self._sums = _tokens(views)
+        self._sums = {f"{n}/tokens": float(sum(v.rollout.num_tokens for v in found)) for n, found in views.items()}
         in_order = {name: iter(found) for name, found in views.items()}
         return [next(in_order[name]) for name in chosen]
 
@@ -162,13 +164,14 @@ class Panel:
             return {ONLY: (min(width), min(most))}
         return widths
 
-    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Metrics]:
-        """The scores of samples of the queue `name`, and what `figures` is to be given of them. Threads may share it.
-        Raises as TeacherScorer.score."""
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
+        """The scores of samples of the queue `name`, and of each what `figures` is to be given the sum of. Threads may
+        share it. Raises as TeacherScorer.score."""
         if self._by == "mixture" and len(self._names) > 1:
             return self._mixed(rollouts)
         scored = self._timed(lambda member: member.scorer.score(rollouts), self.members[name])
-        return scored, _tokens({name: scored}) if len(self._names) > 1 else {}
+        several = len(self._names) > 1
+        return scored, [{f"{name}/tokens": float(s.rollout.num_tokens)} if several else {} for s in scored]
 
     def figures(self, sum_metrics: Callable[[Metrics], Metrics], sums: Metrics | None = None) -> Metrics:
         """By teacher: tokens it scored on all ranks, and in a mixture the mean of log q_old(y) − log p(y) and its mass
@@ -198,7 +201,7 @@ class Panel:
         for member in self.members.values():
             member.scorer.close()
 
-    def _mixed(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Metrics]:
+    def _mixed(self, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
         """Everybody scores everything: once where all answer for the same ids, and else a second time, for the union
         of what each found likely. Only there can the tail of that union be computed."""
         views = self._at_once(lambda member: member.scorer.score(rollouts))
@@ -213,9 +216,10 @@ class Panel:
             ]
         else:
             mixed = [mixture.mix(sample, self._log_weights) for sample in of_samples]
-        sums = _tokens(views)
-        for name, found in views.items():
-            metrics.add(sums, _in_the_mixture(name, found))
+        sums: list[Metrics] = [
+            {key: value for name, view in zip(views, of_one, strict=True) for key, value in _in_the_mixture(name, view)}
+            for of_one in zip(*views.values(), strict=True)
+        ]
         return [ScoredRollout(r, scores) for r, scores in zip(rollouts, mixed, strict=True)], sums
 
     @property
@@ -337,23 +341,18 @@ def named(name: str) -> Iterator[None]:
         raise scoring.HandshakeError(f"teachers.{name}: {error}") if name else error from error
 
 
-def _tokens(views: Mapping[str, Sequence[ScoredRollout]]) -> Metrics:
-    return {f"{name}/tokens": float(sum(v.rollout.num_tokens for v in found)) for name, found in views.items()}
-
-
 def _values_alone(member: Member) -> ScoreOptions:
     return replace(member.scorer.options, top_k=0, value_type="float32")
 
 
-def _in_the_mixture(name: str, views: Sequence[ScoredRollout]) -> Metrics:
-    """Sums over one teacher's rows, and how many they are."""
-    rows = float(sum(v.rollout.num_tokens for v in views))
-    mass = -sum(float(np.expm1(v.scores.log_tail.astype(np.float64)).sum()) for v in views)
-    found = {f"{name}/teacher_mass": mass, f"{ROWS_OF}{name}/teacher_mass": rows}
-    sampled = [v.rollout.sampled for v in views]
-    delta = sum(
-        float((v.rollout.full_logprob - v.scores.token_logprob)[s].sum(dtype=np.float64))
-        for v, s in zip(views, sampled, strict=True)
-    )
-    found |= {f"{name}/delta": delta, f"{ROWS_OF}{name}/delta": float(sum(s.sum() for s in sampled))}
-    return found
+def _in_the_mixture(name: str, view: ScoredRollout) -> list[tuple[str, float]]:
+    """Sums over the rows of one teacher's view of a sample, and how many they are."""
+    rows, sampled = view.rollout.num_tokens, view.rollout.sampled
+    delta = (view.rollout.full_logprob - view.scores.token_logprob)[sampled].sum(dtype=np.float64)
+    return [
+        (f"{name}/tokens", float(rows)),
+        (f"{name}/teacher_mass", -float(np.expm1(view.scores.log_tail.astype(np.float64)).sum())),
+        (f"{ROWS_OF}{name}/teacher_mass", float(rows)),
+        (f"{name}/delta", float(delta)),
+        (f"{ROWS_OF}{name}/delta", float(sampled.sum())),
+    ]

@@ -255,9 +255,23 @@ def test_async_stops_at_a_signal_and_when_its_teacher_is_gone(argv, place, tmp_p
     assert_every_sample_once(learned, STEPS)
 
 
+def test_async_on_two_processes_learns_from_every_sample_once(argv, tmp_path) -> None:
+    log, learned = tmp_path / "ranks.log", tmp_path / "learned.jsonl"
+    settings = [a for a in argv("ranks", *ASYNC, f"--steps={STEPS}") if "num_processes" not in a]
+    started = ranks(settings, 2, log, main=_recording, LEARNED=str(learned))
+    assert [finish(process, log) for process in started] == [0, 0], log.read_text()
+    seen: dict[int, list[int]] = {}
+    for line in map(json.loads, learned.read_text().splitlines()):
+        seen.setdefault(line["step"], []).extend(uid for uid, _ in line["seen"])
+    size = BATCH * GROUP
+    assert {step: sorted(uids) for step, uids in seen.items()} == {
+        step: list(range(step * size, (step + 1) * size)) for step in range(STEPS)
+    }
+
+
 REFUSED = {
-    "train.max_staleness: got 0": ["train.schedule=async"],
-    "train.max_staleness: got 2 with train.schedule strict": ["train.max_staleness=2"],
+    "train: max_staleness: got 0": ["train.schedule=async"],
+    "train: max_staleness: got 2 with train.schedule strict": ["train.max_staleness=2"],
     "train.schedule: got async with rollout.engine vllm": [
         "train.schedule=async", "train.max_staleness=1", "rollout.engine=vllm",
     ],

@@ -71,7 +71,7 @@ class Gate:
     def widths(self) -> dict[str, tuple[int, int]]:
         return {"": (self.width, self.most)}
 
-    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Metrics]:
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
         uids = [r.uid for r in rollouts]
         with self.changed:
             self.asked.append(uids)
@@ -79,7 +79,7 @@ class Gate:
             assert self.changed.wait_for(lambda: self.failure or self.open.issuperset(uids), WAIT_S)
         if self.failure:
             raise self.failure
-        return scored(rollouts), {"asked": 1.0}
+        return scored(rollouts), [{"tokens": float(r.num_tokens)} for r in rollouts]
 
     def let(self, *uids: int) -> None:
         with self.changed:
@@ -181,7 +181,7 @@ def test_samples_leave_at_once_and_those_that_wait_leave_together() -> None:
     feed.close()
     assert gate.asked[:2] == [[0], [1]]
     assert [2, 4, 6] in gate.asked
-    assert arrivals.sums == {"asked": len(gate.asked)}
+    assert arrivals.sums() == {"tokens": 16.0}
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 0, 5, 3, 1, 4]])

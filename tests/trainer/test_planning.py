@@ -138,6 +138,19 @@ def test_each_strategy_cuts_what_it_says() -> None:
     assert "gathered" not in found["ddp"]
 
 
+def test_sampling_meanwhile_holds_a_copy_of_the_weights_and_its_cache_while_learning() -> None:
+    run = run_of(64)
+    model = Shape.of(run.student.model, run.student.parts)
+    load = load_of(run)
+    apart = memory.phases(model, load, (1, 1, 1), 1)
+    both = memory.phases(model, dataclasses.replace(load, samples_meanwhile=True), (1, 1, 1), 1)
+    assert both["learn"]["copied weights"] == 4 * sum(p.numel() for p in run.student.model.parameters())
+    sampling = sum(apart["sample"][k] for k in ("cache", "prompts", "logits"))
+    more = both["learn"]["copied weights"] + sampling
+    assert sum(both["learn"].values()) == sum(apart["learn"].values()) + more
+    assert "sample" not in both
+
+
 def load_of(run: Any) -> memory.Load:
     return asked.load_of(run.config, run.needs, tokens=1600, prompt=100, longest=200, width=2000, on_gpu=False, world=1)
 
