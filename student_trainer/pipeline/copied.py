@@ -15,13 +15,19 @@ from student_trainer.student import Student
 from teacher_api import causal_lm
 
 
+class Ended(Exception):
+    """The run has ended while something was sampled for it."""
+
+
 class Copied:
-    """`student` has the weights that the trained one had at the last `take`. The methods are for the thread that
-    samples.
+    """`student` has the weights that the trained one had at the last `take`. All methods but `end` are for the thread
+    that samples.
 
     Args:
         trained: whose weights change.
     """
+
+    _ended = False
 
     def __init__(self, trained: Student) -> None:
         self._source = trained.model
@@ -29,9 +35,18 @@ class Copied:
         model = copy.deepcopy(trained.model, frozen).eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        model.register_forward_pre_hook(self._look_up)
         self.student = dataclasses.replace(trained, model=model, parts=causal_lm.split(model))
         on_gpu = trained.device.type == "cuda"
         self._stream = torch.cuda.Stream(trained.device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        """The next forward pass raises Ended: a completion may take long."""
+        self._ended = True
+
+    def _look_up(self, *_: Any) -> None:
+        if self._ended:
+            raise Ended
 
     def beside(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, a GPU's work is queued apart from the learner's."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from student_trainer.pipeline.arrivals import Arrivals
+from student_trainer.pipeline.copied import Ended
 from student_trainer.pipeline.feed import Feed
 from student_trainer.rollout.base import RolloutError
 from student_trainer.types import Prompt, Rollout
@@ -53,10 +54,6 @@ class Draw:
 Send = Callable[[Sequence[Rollout]], None]
 Drawing = Callable[["Run", int], Draw]
 Sampling = Callable[["Run", Draw, Send], None]
-
-
-class _Ended(Exception):
-    """The run has ended while something was sampled for it."""
 
 
 class Sequential:
@@ -105,7 +102,7 @@ class Sequential:
 
         def hand_on(rollouts: Sequence[Rollout]) -> None:
             if self._ended:
-                raise _Ended
+                raise Ended
             send(rollouts)
 
         with self._run.timeline.span("sample", draw.step):
@@ -135,7 +132,7 @@ class Strict(Sequential):
     def _carry(self, draw: Draw, arrivals: Arrivals) -> None:
         try:
             self._stream(draw, arrivals.send)
-        except _Ended:
+        except Ended:
             return
         except BaseException as error:  # carried to the thread that waits
             arrivals.fail(error)
@@ -174,6 +171,8 @@ class Async(Sequential):
 
     def close(self) -> None:
         super().close()
+        if self._run.copied is not None:
+            self._run.copied.end()
         self._jobs.put(None)
         self._thread.join(END_S)
 
@@ -185,7 +184,7 @@ class Async(Sequential):
                 draw, arrivals = job
                 try:
                     self._fresh(draw, arrivals)
-                except _Ended:
+                except Ended:
                     return
                 except BaseException as error:  # carried to the thread that waits
                     arrivals.fail(error)

@@ -26,7 +26,7 @@ from student_trainer.packing import Packing
 from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.fsdp2 import Fsdp2
 from student_trainer.pipeline.arrivals import Arrivals
-from student_trainer.pipeline.copied import Copied
+from student_trainer.pipeline.copied import Copied, Ended
 from student_trainer.pipeline.feed import Feed
 from student_trainer.pipeline.schedule import Draw, age, check, scheduled
 from student_trainer.pipeline.timeline import Span, Timeline, covered, rows
@@ -264,6 +264,11 @@ def test_a_copy_keeps_the_weights_of_its_last_take_and_shares_what_is_frozen() -
     ids = torch.arange(6)[None]
     with torch.no_grad():
         assert torch.equal(copied.student.parts.trunk(ids), student.parts.trunk(ids))
+        copied.student.model(ids)
+        copied.end()
+        with pytest.raises(Ended):
+            copied.student.model(ids)
+        model(ids)
 
 
 class Ahead:
