@@ -159,7 +159,7 @@ def test_vllm_on_cpu_in_process_has_the_trainers_weights_after_each_of_three_upd
 def test_first_tokens_follow_the_behaviour_policy(engine):
     sampler, student = engine
     sampler.update(100)
-    count, (prompt,) = 2500, prompts(1)
+    count, (prompt,) = 1500, prompts(1)
     rollouts = sampler.sample([prompt] * count, range(count))
     p = behaviour(log_q(student, rollouts[0])[0], **POLICY)
     seen = np.bincount([r.token_ids[0] for r in rollouts], minlength=V)
@@ -388,7 +388,7 @@ def test_an_evaluation_by_vllm_of_a_grafted_student_is_refused_before_the_run(ch
 def test_an_engine_that_can_not_start_says_why_in_one_line(checkpoints):
     rollout = {"vllm": {**EAGER, "arguments": {"kv_cache_dtype": "fp9"}}}
     sampler, _ = opened(settings(checkpoints["tied"], rollout=rollout))
-    with pytest.raises(RolloutError, match=r"^rollout.engine: vLLM can't start with [^\n]*fp9[^\n]*$"):
+    with pytest.raises(RolloutError, match=r"^rollout.engine: vLLM can't start with [^\n]*cache_dtype[^\n]*$"):
         sampler.update(0)
     with pytest.raises(RolloutError, match="update comes before sampling"):
         sampler.sample([], [])
