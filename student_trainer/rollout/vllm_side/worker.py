@@ -4,6 +4,7 @@ of the runner's; and weights from the trainer, loaded under a checkpoint's names
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,7 +67,15 @@ def finish(model: Any, model_config: Any) -> None:
     """Puts complete layers in place, packed for this machine as after any load."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-    finalize_layerwise_reload(model, model_config)
+    # It warns of layers that got no weights: those that have none, and a tied head, which is packed below. Whether
+    # everything arrived, logprobs show.
+    logger = logging.getLogger(finalize_layerwise_reload.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        finalize_layerwise_reload(model, model_config)
+    finally:
+        logger.setLevel(level)
     _repack_tied_head(model)
 
 
