@@ -337,7 +337,7 @@ def prepare(
         warnings += [*start.warnings, *fits.warnings(config, prompts, scorer.needs), *_told(student)]
         if start.checkpoint is not None:
             checkpoint.load_model_weights(start.checkpoint, student.model)
-        copied = Copied(student) if schedule.needs_copy(config, scorer.needs) else None
+        copied = Copied(student) if config.train.schedule == "async" else None
         return Run(
             config=config,
             dist=dist,
@@ -347,7 +347,7 @@ def prepare(
             evaluator=_evaluator(config, dist, student),
             sampler=engines.make(
                 config,
-                copied.student if copied and config.rollout.engine == "torch" else student,
+                copied.student if copied else student,
                 dist,
                 longest_tokens=longest,
             ),

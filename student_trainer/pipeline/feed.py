@@ -1,5 +1,6 @@
-"""The way of finished samples to their teachers. A sample leaves at once where its teacher has a request free; those
-that have to wait leave together, a prompt's completions first. What a teacher says of a sample does not depend on it.
+"""The way of finished samples to their teachers. A sample leaves at once where its teacher has a request free; of those
+that have to wait, the one that is learned from next leaves first, and takes others with it, those of its prompt before
+all. What a teacher says of a sample does not depend on it.
 
 Nothing here waits in the caller's thread, and no lock of Python's is shared with it: a signal may end it anywhere.
 """
@@ -118,8 +119,9 @@ def _drain(queue: SimpleQueue[Sent | None], waiting: list[Sent]) -> bool:
 
 
 def _request(waiting: list[Sent], most: int) -> list[Sent]:
-    """Takes the next request out of those that wait: the first of them, others of its step and prompt, and then whoever
-    is next of that step."""
+    """Takes the next request out of those that wait: the first in order of step and number, others of its step and
+    prompt, and then whoever is next of that step."""
+    waiting.sort(key=lambda sent: (sent.step, sent.rollout.uid))
     first = waiting[0]
     like = [s for s in waiting if s.step == first.step and s.rollout.prompt.index == first.rollout.prompt.index]
     others = [s for s in waiting if s.step == first.step and s.rollout.prompt.index != first.rollout.prompt.index]

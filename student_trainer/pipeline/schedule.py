@@ -28,7 +28,6 @@ from student_trainer.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from student_trainer.config import TrainConfig
-    from student_trainer.losses.base import Needs
     from student_trainer.parallel.base import Replicated
     from student_trainer.run import Run
 
@@ -147,6 +146,8 @@ class Async(Sequential):
     def __init__(self, run: Run, draw: Drawing, sample: Sampling) -> None:
         super().__init__(run, draw, sample)
         self._limit = run.config.train.max_staleness
+        assert run.copied is not None, "prepare makes it"
+        self._copied = run.copied
         self._weights = threading.Lock()
         self._next = run.step
         self._begun: dict[int, Arrivals] = {}
@@ -171,15 +172,13 @@ class Async(Sequential):
 
     def close(self) -> None:
         super().close()
-        if self._run.copied is not None:
-            self._run.copied.end()
+        self._copied.end()
         self._jobs.put(None)
         self._thread.join(END_S)
 
     def _work(self) -> None:
         torch.set_num_threads(self._num_threads)  # of each thread
-        copied = self._run.copied
-        with copied.beside() if copied is not None else contextlib.nullcontext():
+        with self._copied.beside():
             while (job := self._job()) is not None:
                 draw, arrivals = job
                 try:
@@ -197,10 +196,11 @@ class Async(Sequential):
             return self._jobs.get()
 
     def _take_over(self) -> None:
+        """The engine gets the weights as they are now. What it does with them may take long, and learning goes on."""
         with self._weights:
-            if self._run.copied is not None:
-                self._run.copied.take()
-            self._run.sampler.update(self._run.step)
+            self._copied.take()
+            version = self._run.step
+        self._run.sampler.update(version)
 
     def _fresh(self, draw: Draw, arrivals: Arrivals) -> None:
         """Samples until nothing is older than allowed: an engine may have kept weights that it was to give up."""
@@ -242,13 +242,6 @@ def check(config: TrainConfig, strategy: Replicated, world: int) -> None:
             f"train.schedule: got async with rollout.engine {config.rollout.engine} and {world} training processes, "
             "expected strict, or one process: servers that all of them sample from get new weights between steps"
         )
-
-
-def needs_copy(config: TrainConfig, needs: Needs) -> bool:
-    """Whether something is computed with the student's weights, in this process, while they change."""
-    has_no_candidates = config.loss.on_prompt or config.data.on_policy_fraction < 1.0
-    embedded = config.rollout.engine == "torch"
-    return config.train.schedule == "async" and (embedded or bool(has_no_candidates and needs.student_top_k))
 
 
 def age(rollout: Rollout, step: int) -> int:

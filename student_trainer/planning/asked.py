@@ -45,7 +45,7 @@ def load_of(
         averages=config.optim.ema_decay > 0,
         offloaded=config.train.cpu_offload,
         on_gpu=on_gpu,
-        samples_meanwhile=config.train.schedule == "async" and config.rollout.engine == "torch",
+        samples_meanwhile=config.train.schedule == "async",
     )
 
 

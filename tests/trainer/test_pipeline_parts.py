@@ -290,10 +290,21 @@ class Ahead:
         self.version = version if self.stuck is None else min(version, self.stuck)
 
 
+class Still:
+    """Stands for a copy of weights where there are none."""
+
+    def take(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def beside(self) -> Any:
+        return contextlib.nullcontext()
+
+
 def bare(engine: Ahead, gate: Gate, staleness: int = 1, steps: int = 6) -> Any:
     train = SimpleNamespace(schedule="async", max_staleness=staleness, steps=steps)
     config = SimpleNamespace(train=train, rollout=SimpleNamespace(is_elsewhere=True))
-    return SimpleNamespace(config=config, scorer=gate, sampler=engine, timeline=Timeline(), copied=None, step=0)
+    return SimpleNamespace(config=config, scorer=gate, sampler=engine, timeline=Timeline(), copied=Still(), step=0)
 
 
 def drawn(run: Any, step: int) -> Draw:
