@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -64,9 +66,11 @@ class RolloutServer:
     def _is_up(self) -> bool:
         assert self.process is not None, "begin() comes first"
         assert self.process.poll() is None, self.log.read_text()[-3000:]
+        time.sleep(0.1)
         try:
-            return httpx.get(f"{self.url}/v1/rollout/info", timeout=5.0).status_code == 200
-        except httpx.TransportError:
+            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+            return httpx.get(f"{self.url}/v1/rollout/info", timeout=5.0, verify=False).status_code == 200
+        except (OSError, httpx.TransportError):
             return False
 
 

@@ -46,7 +46,7 @@ class Meta:
         return int(-(-size // ALIGNMENT) * ALIGNMENT)
 
 
-def divided(metas: Sequence[Meta], chunk_bytes: int = CHUNK_BYTES) -> Iterator[list[Meta]]:
+def divided(metas: Sequence[Meta], chunk_bytes: int) -> Iterator[list[Meta]]:
     """Consecutive tensors of at most `chunk_bytes` together: both sides cut alike."""
     chunk: list[Meta] = []
     used = 0
@@ -76,13 +76,14 @@ def views(buffer: Tensor, metas: Sequence[Meta]) -> Iterator[tuple[str, Tensor]]
 class Packed:
     """Tensors in chunks on the host, as they travel, and the SHA-256 of all chunks."""
 
+    chunk_bytes: int = CHUNK_BYTES
     metas: list[Meta] = field(default_factory=list)
     chunks: list[Tensor] = field(default_factory=list)
     digest: str = ""
 
     @classmethod
     def of(cls, tensors: Iterable[tuple[str, Tensor]], chunk_bytes: int = CHUNK_BYTES) -> Packed:
-        packed, sha = cls(), hashlib.sha256()
+        packed, sha = cls(chunk_bytes), hashlib.sha256()
         waiting: list[tuple[Meta, Tensor]] = []
         used = 0
 
@@ -108,19 +109,8 @@ class Packed:
         return packed
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for chunk, metas in zip(self.chunks, divided_as(self.metas, self.chunks), strict=True):
+        for chunk, metas in zip(self.chunks, divided(self.metas, self.chunk_bytes), strict=True):
             yield from views(chunk, metas)
-
-
-def divided_as(metas: Sequence[Meta], chunks: Sequence[Tensor]) -> Iterator[list[Meta]]:
-    """`metas` as they lie in `chunks`."""
-    left = list(metas)
-    for chunk in chunks:
-        used, members = 0, []
-        while left and used + left[0].padded_bytes <= chunk.numel():
-            used += left[0].padded_bytes
-            members.append(left.pop(0))
-        yield members
 
 
 class Sender:
@@ -175,7 +165,7 @@ class Receiver:
         self._group = _group(self._store, rank, world, own_address(address, port), timeout)
         self._round = 0
 
-    def chunks(self, metas: Sequence[Meta], chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[Tensor, list[Meta]]]:
+    def chunks(self, metas: Sequence[Meta], chunk_bytes: int) -> Iterator[tuple[Tensor, list[Meta]]]:
         """New memory for each chunk, so that its tensors may be kept."""
         self._store.set(f"round{self._round}/{self._rank}", "1")
         self._round += 1

@@ -49,19 +49,23 @@ class GlooLink:
         answer.result()
 
     def send(self, packed: Packed, take: Ask) -> str:
-        answer = take(
-            {
-                "names": [meta.name for meta in packed.metas],
-                "dtypes": [meta.dtype for meta in packed.metas],
-                "shapes": [list(meta.shape) for meta in packed.metas],
-            }
-        )
+        answer = take(described(packed))
         try:
             self._sender.send(packed, answer.done)
         except TransferError:
             _raise_refusal(answer)
             raise
         return str(answer.result()["digest"])
+
+
+def described(packed: Packed) -> dict[str, Any]:
+    """What comes over gloo, for GlooUpdateInfo."""
+    return {
+        "names": [meta.name for meta in packed.metas],
+        "dtypes": [meta.dtype for meta in packed.metas],
+        "shapes": [list(meta.shape) for meta in packed.metas],
+        "chunk_bytes": packed.chunk_bytes,
+    }
 
 
 class NcclLink:

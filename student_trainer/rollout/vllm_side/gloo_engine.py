@@ -31,11 +31,12 @@ class GlooInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """What comes, in this order."""
+    """What comes, in this order, in chunks of at most so many bytes."""
 
     names: list[str]
     dtypes: list[str]
     shapes: list[list[int]]
+    chunk_bytes: int
 
     @property
     def metas(self) -> list[Meta]:
@@ -78,7 +79,7 @@ class GlooWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         sha = sha256()
         self.digest = ""
         try:
-            for buffer, members in self._receiver.chunks(update_info.metas):
+            for buffer, members in self._receiver.chunks(update_info.metas, update_info.chunk_bytes):
                 sha.update(buffer.numpy().data)
                 worker.load(self.model, views(buffer, members))
         except BaseException:
