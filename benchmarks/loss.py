@@ -112,7 +112,6 @@ class Case:
         from student_trainer import losses
         from student_trainer.losses import chunked
         from student_trainer.losses.base import LossRows, TeacherRows
-        from student_trainer.run import CHUNK_BYTES
 
         objective = losses.build(losses.parse_loss({"objective": "forward_kl", "support": "teacher", "tail": "none"}))
         num = len(self._weights_N)
@@ -126,7 +125,7 @@ class Case:
         sampled = torch.ones(num, dtype=torch.bool)
         old_N = torch.zeros(num)
         rows = LossRows(self._ids_NK[:, 0].clone(), teacher, old_N, old_N, sampled=sampled, fixed=~sampled)
-        chunk_rows = CHUNK_BYTES // (4 * self._head.out_features)
+        chunk_rows = chunked.default_rows(self._head.out_features, "cpu")
 
         def run() -> float:
             return chunked.backward(self._head, self._hidden_NH, objective, rows, self._weights_N, chunk_rows)[0]

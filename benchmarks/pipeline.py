@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from benchmarks import models, processes
+from benchmarks.pipeline_simulated import simulated
 from benchmarks.scoring_memory import MIB, resident_bytes
 from benchmarks.systems import Child
 from examples.interop.environment import OURS, VENV, program
@@ -297,6 +298,8 @@ def main() -> None:
     turns, steps = (1, 1) if options.quick else (options.turns, options.steps)
     with tempfile.TemporaryDirectory() as scratch:
         figures = figures_of(measure(Place.made(Path(scratch)), python, turns, steps))
+    if not options.quick:
+        figures |= simulated()
     for name, value in figures.items():
         print(f"{name:24} {value:.4g}")
     if options.json:

@@ -103,7 +103,7 @@ class TrainSection(Section):
     """Completions of one prompt (rollout.group_size) behind one copy of it in a packed row, its forward and backward
     done once. auto: where the student can and it saves 64 tokens or more; on: always, or refuse."""
     loss_chunk_rows: int = Field(0, ge=0)
-    """Positions whose logits exist at a time; 0: as many as fit in 160 MiB."""
+    """Positions whose logits exist at a time; 0: as many as fit in 160 MiB, on a CPU at most 256."""
     updates: int = Field(1, ge=1, le=64)
     """Optimizer updates from each step's samples. From the second on they are older than the weights: see
     policy_gradient's clip, loss.staleness and loss.ratio_bounds."""

@@ -31,6 +31,7 @@ from student_trainer.data.fixed import Mix
 from student_trainer.distributed import Distributed, weights_digest
 from student_trainer.losses import build
 from student_trainer.losses.base import AnyObjective, Needs
+from student_trainer.losses.chunked import default_rows
 from student_trainer.optim import Optimizer, StateSource
 from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.choose import choose
@@ -50,9 +51,6 @@ from student_trainer.types import Metrics
 from teacher_api.types import TeacherInfo
 
 SAMPLES_SHOWN = 3
-CHUNK_BYTES = 160 * 2**20
-"""Of float32 logits that exist at a time, by default: 276 rows at a vocabulary of 151,936. With far fewer rows a CPU's
-products with the head slow down (docs/decisions/0015-loss-in-one-pass.md)."""
 
 
 @dataclass(slots=True)
@@ -114,7 +112,8 @@ class Run:
     @property
     def chunk_rows(self) -> int:
         """Positions whose logits exist at a time."""
-        return self.config.train.loss_chunk_rows or max(1, CHUNK_BYTES // (4 * self.student.parts.logit_width))
+        width, device = self.student.parts.logit_width, self.student.device
+        return self.config.train.loss_chunk_rows or default_rows(width, device.type)
 
     def spread(self) -> None:
         """Puts the student on the ranks as train.strategy says, the optimizer where it was, and the weights into the

@@ -17,8 +17,18 @@ from student_trainer.losses.base import AnyObjective, LossRows
 from student_trainer.losses.heads import Sink, projection
 from student_trainer.losses.student_side import Tape
 
+CHUNK_BYTES = 160 * 2**20
+"""Of float32 logits that exist at a time, by default (docs/decisions/0015-loss-in-one-pass.md)."""
+CPU_CHUNK_ROWS = 256
+"""On a CPU no more: its products with the head get no faster, and what follows finds fewer logits in the cache."""
 DENSE_BYTES = 8 * 2**20
 """Whole-vocabulary teacher rows that an objective gets at a time: it makes a dozen tensors of that size from them."""
+
+
+def default_rows(logit_width: int, device_type: str) -> int:
+    """Positions whose logits exist at a time where the user says nothing."""
+    rows = max(1, CHUNK_BYTES // (4 * logit_width))
+    return min(rows, CPU_CHUNK_ROWS) if device_type == "cpu" else rows
 
 
 def backward(

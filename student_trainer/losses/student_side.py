@@ -174,7 +174,7 @@ class _Cut:
         picked_NK = logits_NW.gather(1, ids_NK) / temperature
         rest_max_N, rest_sum_N = picked_NK.new_empty(2, len(picked_NK))
         for block in _blocks(logits_NW):
-            rest_nW = logits_NW[block] / temperature
+            rest_nW = logits_NW[block].clone() if temperature == 1.0 else logits_NW[block] / temperature
             rest_nW.scatter_(1, ids_NK[block], REMOVED)
             torch.amax(rest_nW, 1, out=rest_max_N[block])
             torch.sum(rest_nW.sub_(rest_max_N[block, None]).exp_(), 1, out=rest_sum_N[block])

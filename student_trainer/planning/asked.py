@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from student_trainer.config import TrainConfig
 from student_trainer.losses.base import Needs
+from student_trainer.losses.chunked import default_rows
 from student_trainer.planning.memory import Load
 from student_trainer.planning.speed import Step
-from student_trainer.run import CHUNK_BYTES
 
 
 def per_device(config: TrainConfig, world: int) -> int:
@@ -33,7 +33,7 @@ def load_of(
     samples = config.data.on_policy_fraction > 0
     return Load(
         tokens=tokens,
-        chunk_rows=config.train.loss_chunk_rows or max(1, CHUNK_BYTES // (4 * width)),
+        chunk_rows=config.train.loss_chunk_rows or default_rows(width, "cuda" if on_gpu else "cpu"),
         teacher_values=width if needs.top_k == "all" else 2 * (needs.top_k + needs.student_top_k + 1),
         decoded=min(config.rollout.batch_sequences, per_device(config, world)) if samples else 0,
         group=config.rollout.group_size,
