@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from examples.quickstart import task
 
 IGNORED = -100
+Encode = Callable[[Sequence[task.Problem], PreTrainedTokenizerFast], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,11 @@ def train(
     check: Sequence[task.Problem],
     *,
     seed: int,
+    encode: Encode = encode,
     progress: Callable[[int, dict[str, float]], Any] = lambda step, metrics: None,
 ) -> Qwen3ForCausalLM:
     """Trains a new model by cross-entropy on the solutions of `examples`, each seen once, and watches `check`.
-    `progress(step, metrics)` hears of each step.
+    `progress(step, metrics)` hears of each step; `encode` makes ids and targets of problems.
 
     Raises:
         ValueError: fewer than steps * batch_sequences examples.
