@@ -30,7 +30,7 @@ from student_trainer.pipeline.timeline import Timeline
 from student_trainer.types import Metrics, Prompt, Rollout, ScoredRollout
 from teacher_api.types import Scores
 
-SAMPLES, SLOTS, WIDTH, MEMBERS = 32, 8, 8, 2
+SAMPLES, SLOTS, WIDTH, MEMBERS = 32, 8, 2, 2
 """Samples of a step; decoded at once; requests at the teacher at once; samples of a micro-batch."""
 UNIT_S = 1.0
 """Seconds that a part of ratio 1 takes for a whole step, working alone."""
@@ -44,8 +44,8 @@ LENGTHS = ("equal", "uniform", "lognormal", "bimodal")
 ASYNC_STEPS, WARM_STEPS = 12, 2
 TRIES = 3
 """Of which the fastest counts: what else the machine does only ever adds."""
-AT_ONCE = 20
-PADDED = Packing()
+AT_ONCE = 40
+PACKED = Packing(packed=True)
 NOTHING = np.zeros(0, dtype=np.float32)
 
 
@@ -174,7 +174,7 @@ def seconds(schedule: str, kind: str, costs: Costs, steps: int, staleness: int =
         began = time.perf_counter()
         while run.step < steps:
             samples = scheduler.begin()
-            for members in samples.micro_batches(InOrder(10**9, MEMBERS, PADDED)):
+            for members in samples.micro_batches(InOrder(10**9, MEMBERS, PACKED)):
                 until(time.perf_counter() + sum(s.rollout.num_tokens for s in members) * costs.learn)
             with scheduler.weights_move():
                 run.step += 1
