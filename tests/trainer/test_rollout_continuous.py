@@ -131,6 +131,16 @@ def test_a_consumer_may_train_between_items_and_changes_nothing() -> None:
     assert float(model.model.layers[0].mlp.up_proj.weight.grad.abs().sum()) > 0
 
 
+def test_a_consumer_that_trains_in_the_same_autocast_gets_gradients() -> None:
+    model = tiny_model("llama", scale=1.0).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in sampler(model, batch_sequences=2).stream(make_prompts(3), range(3)):
+            model.zero_grad()
+            model(input_ids=torch.arange(9)[None]).logits.float().square().mean().backward()
+            lacking = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())]
+            assert lacking == []
+
+
 def same(a: Rollout, b: Rollout) -> None:
     for mine, theirs in (
         (a.token_ids, b.token_ids),
