@@ -24,6 +24,8 @@ CHUNK_BYTES = 64 * 2**20
 ALIGNMENT = 16
 """Bytes; a multiple of every dtype's size, so that a tensor can be looked at in place."""
 POLL_S = 0.02
+JOIN_S = 15.0
+"""Longest that a receiver looks for its sender's store, which is there before it is told of."""
 
 
 class TransferError(RuntimeError):
@@ -159,8 +161,10 @@ class Receiver:
 
     def __init__(self, address: str, port: int, rank: int, world: int, timeout_s: float) -> None:
         timeout = datetime.timedelta(seconds=timeout_s)
+        joining = min(timeout, datetime.timedelta(seconds=JOIN_S))
         self._rank = rank
-        self._store = dist.TCPStore(address, port, world, is_master=False, timeout=timeout, wait_for_workers=False)
+        self._store = dist.TCPStore(address, port, world, is_master=False, timeout=joining, wait_for_workers=False)
+        self._store.set_timeout(timeout)
         self._store.set(f"here/{rank}", "1")
         self._group = _group(self._store, rank, world, own_address(address, port), timeout)
         self._round = 0

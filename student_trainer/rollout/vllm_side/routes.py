@@ -74,6 +74,7 @@ async def info(raw_request: Request) -> JSONResponse:
 
 
 @router.post("/connect")
+@with_cancellation  # type: ignore[untyped-decorator]
 async def connect(asked: Connect, raw_request: Request) -> JSONResponse:
     try:
         await _service(raw_request).connect(asked.parameters)

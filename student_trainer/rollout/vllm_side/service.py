@@ -12,7 +12,7 @@ import itertools
 import os
 import signal
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class RolloutService:
         self._sampling = 0
         self._updating = False
         self._changed = asyncio.Condition()
+        self._workers = asyncio.Lock()  # who may have them do something about weights
         self._numbers = itertools.count()
 
     @classmethod
@@ -76,11 +77,14 @@ class RolloutService:
         }
 
     async def connect(self, parameters: dict[str, Any]) -> None:
-        """Has the workers join a sender; returns once they have. Raises HandOverFailed."""
+        """Has the workers join a sender; returns once they have. One whose client has gone while others were first is
+        never begun: its sender would be waited for in vain. Raises HandOverFailed."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        with _failing("the workers did not reach the sender"):
-            await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=parameters))
+        async with self._workers:
+            joining = self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=parameters))
+            with _failing("the workers did not reach the sender"):
+                await _to_its_end(joining)
 
     async def take(self, new: Weights, update: dict[str, Any], *, timeout_s: float) -> str:
         """New weights in place of those before. What is being sampled is finished with the old ones first.
@@ -90,7 +94,7 @@ class RolloutService:
         Raises:
             HandOverFailed: from then on the server has no weights, until the next hand-over.
         """
-        async with self._alone():
+        async with self._alone(), self._workers:
             self._weights = Weights()
             try:
                 digest = await asyncio.wait_for(self._load(new, update), timeout_s + GRACE_S)
@@ -183,6 +187,16 @@ class RolloutService:
             async with self._changed:
                 self._updating = False
                 self._changed.notify_all()
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Also where the caller is cancelled: the workers can't be."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 @contextlib.contextmanager
