@@ -37,14 +37,16 @@ TALK = {"environment": "calculator", "max_turns": 4, "max_new_tokens": 16, "max_
 TEACHER = dataclasses.replace(
     pretrain.TEACHER, layers=2, hidden=96, heads=3, feed_forward=256, steps=60, check_every=20
 )
-STUDENT = dataclasses.replace(pretrain.STUDENT, layers=2, hidden=64, heads=2, feed_forward=192, steps=100)
+STUDENT = dataclasses.replace(
+    pretrain.STUDENT, layers=2, hidden=64, heads=2, feed_forward=192, steps=100, stop_at_accuracy=0.4, check_every=2
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     teacher: Recipe = TEACHER
     student: Recipe = STUDENT
-    num_train: int = 1_500
+    num_train: int = 2_000
     num_tuning: int = 128
     num_report: int = 256
     overrides: Mapping[str, str] = field(default_factory=dict)  # of the recipe, for student-train
@@ -72,7 +74,7 @@ def run(settings: Settings, seed: int, output: Path, console: Console) -> dict[s
     if output.exists():
         raise services.QuickstartError(f"{output} is there already; remove it or choose another --output")
     started = time.monotonic()
-    console.rule("1  A teacher that uses a calculator, a student that has hardly begun to", align="left")
+    console.rule("1  A teacher that uses a calculator, a student that does now and then", align="left")
     _prepare(settings, seed, output, console)
     console.rule("2  The student talks to the calculator, the teacher scores what the student says", align="left")
     with services.teacher_serve(output / "teacher", output / "teacher-serve.log", console) as url:
