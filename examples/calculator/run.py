@@ -59,7 +59,13 @@ FAST = Settings(
     num_train=32,
     num_tuning=16,
     num_report=16,
-    overrides={"train.steps": "2", "train.batch_size": "8", "eval.every": "2", "eval.num_prompts": "8"},
+    overrides={
+        "train.steps": "2",
+        "train.batch_size": "8",
+        "eval.every": "2",
+        "eval.num_prompts": "8",
+        "optim.warmup_steps": "1",
+    },
 )
 
 
