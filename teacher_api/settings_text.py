@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import enum
 import json
+import re
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -280,18 +281,36 @@ def _one_failure(
         unknown = tuple(str(part) for part in failure["loc"])
         source = _origin(unknown, origins)
         return (f"{source}: " if source else "") + _unknown_key(cls, unknown, ())
-    message = " ".join(failure["msg"].split()).removeprefix("Value error, ")
+    message = _with_whole_key(cls, path, " ".join(failure["msg"].split()).removeprefix("Value error, "))
     named = tuple(message.partition(":")[0].split("."))  # a section's own check may name a key below
     origin = _origin(named if named[: len(path)] == path and path else path, origins)
     source = f"{origin}: " if origin else ""
     if failure["type"] in ("value_error", "assertion_error"):
         where = "" if not key or message.startswith((f"{key}:", f"{key}.", f"{key} ")) else f"{key}: "
-        return f"{source}{where}{message}"
+        return _named_once(source, f"{where}{message}")
     known = field_at(cls, path) if path else Known()
     where = "".join(f"[{p}]" for p in failure["loc"][len(path) :] if isinstance(p, int))
     got = "" if known.is_secret else f"got {failure['input']!r:.200}, "
     wanted = " or ".join(dict.fromkeys(_expected(f).removeprefix("expected ") for f in failures))
-    return f"{source}{key}{where}: {got}expected {wanted}"
+    return _named_once(source, f"{key}{where}: {got}expected {wanted}")
+
+
+def _with_whole_key(cls: type[BaseModel], path: tuple[str, ...], message: str) -> str:
+    """A section's own check names its keys without the section."""
+    name = message.partition(":")[0]
+    if not path or not re.fullmatch(r"[a-z]\w*(\.\w+)*", name) or message.startswith(f"{'.'.join(path)}."):
+        return message
+    try:
+        known = field_at(cls, (*path, *name.split(".")))
+    except SettingsError:
+        return message
+    return message if known is FREE else f"{'.'.join(path)}.{message}"
+
+
+def _named_once(source: str, message: str) -> str:
+    """`command line a.b: a.b: got …` without the first a.b."""
+    key = message.partition(":")[0].partition("[")[0]
+    return f"{source.removesuffix(f' {key}: ').removesuffix(': ')}: {message}" if source else message
 
 
 # ---- help ------------------------------------------------------------------------------------------------------------

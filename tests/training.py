@@ -30,6 +30,8 @@ FORKS.set_forkserver_preload(
     ]
 )
 """Teachers and trainers are forked from a process that has done their imports: a start costs a second, not ten."""
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
+"""Where the Makefile puts it, for processes that ask for it only."""
 START_S = 120.0
 """Longest wait for a program to start, on a machine that does ten other things."""
 PROMPTS = ["the quick", "brown fox jumps", "over the lazy dog", "0123", "4 + 5 =", "the dog", "fox", "lazy lazy", "= ?"]

@@ -17,6 +17,7 @@ from student_trainer.config import TrainConfig
 from student_trainer.migrate import command as commands
 from student_trainer.migrate import hybrid, local_script, nemo_rl, references, roll
 from student_trainer.migrate.base import Migration, MigrationError, flat, follow, markdown, nested
+from student_trainer.migrate.shared import evaluate
 
 DESCRIPTION = """Turns a configuration file of NeMo-RL's distillation or ROLL's DistillPipeline, or a command line of
 theirs, of a local on-policy script or of the hybrid multi-GPU script, into a configuration for student-train. It goes
@@ -179,8 +180,7 @@ def _evaluation(options: Mapping[str, list[str]]) -> Migration:
 
 def _finished(module: ModuleType, migration: Migration) -> Migration:
     module.finish(migration)
-    if migration.settings.get("eval.every"):
-        migration.remark("eval.every needs eval.data: problems with answers (eval.data.source, eval.data.answer_key)")
+    evaluate(migration)
     _check(migration)
     return migration
 

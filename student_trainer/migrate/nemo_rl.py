@@ -14,6 +14,7 @@ from student_trainer.migrate.shared import (
     serve,
     track,
     truth,
+    validation,
 )
 
 NAME = "NeMo-RL distillation"
@@ -205,7 +206,9 @@ TABLE: Table = {
     "data.default.system_prompt_file": unless(None, "data.system_prompt is the text itself"),
     "data.shuffle": to("data.shuffle", truth),
     "data.max_input_seq_length": to("data.max_prompt_tokens", integer, PROMPT_LENGTHS),
-    "data.validation.*": nothing("set eval.data: a file, a preset or a hub dataset with answers"),
+    "data.validation.dataset_name": by("`eval.data.preset`, `eval.data.source`", validation),
+    "data.validation.split": to("eval.data.split"),
+    "data.validation.*": nothing("see eval.data"),
     "data.default.env_name": covered("there is no environment: no rewards are needed"),
     "env.*": covered("there is no environment: no rewards are needed"),
     "logger.log_dir": covered("logs are in train.output_dir"),
@@ -242,5 +245,7 @@ def finish(migration: Migration) -> None:
         migration.drop("train.cpu_offload")
     if "data.max_prompt_tokens" in settings:
         migration.set("data.overlong", "drop")
+    if "eval.data.split" in settings and not {"eval.data.preset", "eval.data.source"} & settings.keys():
+        migration.leave("data.validation.split", migration.drop("eval.data.split"), "of a dataset that is not here")
     if settings.get("data.on_policy_fraction", 1.0) < 1.0:
         migration.remark("data.on_policy_fraction below 1 trains on answers too: data.answer_key, or data.fixed_source")

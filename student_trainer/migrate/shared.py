@@ -16,6 +16,8 @@ PRESETS = {
     "gsm8k": "gsm8k", "allenai/tulu-3-sft-mixture": "tulu3", "zwhe99/DeepMath-103K": "deepmath",
     "openai/gsm8k": "gsm8k", "HuggingFaceFW/fineweb-edu": "fineweb-edu",
 }  # fmt: skip
+TEST_SPLITS = {"gsm8k": "test"}
+"""Presets whose dataset has problems that are not for training."""
 TRACKERS = {
     "wandb": "wandb",
     "tensorboard": "tensorboard",
@@ -63,6 +65,36 @@ def dataset(migration: Migration, key: str, value: Any) -> None:
         migration.set("data.source", name)
     else:
         migration.leave(key, value, "no dataset of that name here: set data.source to its hub id or file")
+
+
+def validation(migration: Migration, key: str, value: Any) -> None:
+    """What is evaluated on, by name."""
+    found = Migration(migration.system)
+    dataset(found, key, value)
+    for ours, named in found.settings.items():
+        migration.set(f"eval.{ours}", named)
+    for left in found.left:
+        migration.leave(left.key, left.value, "no dataset of that name here: eval.data.source is its hub id or file")
+
+
+def evaluate(migration: Migration) -> None:
+    """Evaluations only where there are problems to solve: a run that asks for some without is refused at its start."""
+    settings = migration.settings
+    every, preset = settings.get("eval.every"), settings.get("data.preset")
+    given = [key for key in settings if key.startswith("eval.data.")]
+    if every and not given and preset in TEST_SPLITS:
+        migration.set("eval.data.preset", preset)
+        migration.set("eval.data.split", TEST_SPLITS[preset])
+        migration.remark(f"eval.data is the {TEST_SPLITS[preset]} split of {preset}")
+    elif every and not given:
+        why = (
+            f"nothing names problems with answers; eval.data.source=FILE eval.every={every} evaluates on those of FILE"
+        )
+        for key in [key for key in settings if key.startswith("eval.")]:
+            migration.leave(key, migration.drop(key), why)
+    elif not every and given:
+        for key in [key for key in settings if key.startswith("eval.")]:
+            migration.leave(key, migration.drop(key), "theirs evaluates never: eval.every is the steps between")
 
 
 def track(migration: Migration, tracker: str) -> None:

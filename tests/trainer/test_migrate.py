@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from theirs import HYBRID, LOCAL, NEMO, ROLL
 
 from student_trainer.config import TrainConfig
 from student_trainer.losses import registry
@@ -18,86 +19,6 @@ from student_trainer.migrate.base import MigrationError, flat
 from teacher_api import settings_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "migration.md"
-NEMO = """
-distillation:
-  lambda_: 0.5
-  kl_type: forward
-  generate_strategy: {max_length: 2048, temperature: 0.1, decoding_method: greedy}
-  teacher_model_path: org/teacher-32B
-  max_steps: 1000
-  eval_steps: 100
-  save_steps: 500
-  logging_steps: 10
-policy:
-  model_name: org/student-1.5B
-  max_total_sequence_length: 4096
-  train_micro_batch_size: 2
-  dynamic_batching:
-    train_mb_tokens: "${mul:${..max_total_sequence_length}, ${..train_micro_batch_size}}"
-  sequence_packing: {enabled: true}
-  dtensor_cfg: {enabled: true, tensor_parallel_size: 2, activation_checkpointing: true}
-  optimizer: {name: torch.optim.AdamW, kwargs: {lr: 2.0e-5, betas: [0.9, 0.999]}}
-  scheduler:
-    - {name: torch.optim.lr_scheduler.LinearLR, kwargs: {start_factor: 0.1, end_factor: 1.0, total_iters: 10}}
-    - {name: torch.optim.lr_scheduler.ConstantLR, kwargs: {factor: 1.0}}
-    - milestones: [10]
-  generation: {backend: megatron, colocated: {enabled: true}}
-data: {dataset_name: math_cl}
-logger: {wandb_enabled: true, wandb: {project: distil, name: "${policy.model_name}-run"}}
-checkpointing: {keep_top_k: 3, metric_name: "val:accuracy", higher_is_better: true}
-cluster: {gpus_per_node: 8, num_nodes: 1}
-"""
-ROLL = """
-exp_name: distill
-seed: 42
-output_dir: ./output
-save_steps: 100
-resume_from_checkpoint: false
-student_pretrain: org/student-7B
-teacher_pretrain: org/teacher-14B
-logits_topk: 0
-distill_loss_weight: 0.85
-kd_objective: skewed_reverse_kl
-skew_lambda: 0.2
-adaptive_kl_alpha: 0.4
-kd_temperature: 2.0
-teacher_temperature: 3.0
-distill_on_prompt: true
-sequence_length: 2048
-question_key: question_zh
-answer_key: answer_zh
-student:
-  model_args: {dtype: bf16, disable_gradient_checkpointing: false}
-  training_args:
-    {learning_rate: 2.0e-5, lr_scheduler_type: cosine, per_device_train_batch_size: 8, gradient_accumulation_steps: 4,
-     num_train_epochs: 1, warmup_steps: 5}
-  data_args: {template: qwen2_5, file_name: [data/one.json]}
-  strategy_args:
-    strategy_config: {tensor_model_parallel_size: 2, use_distributed_optimizer: true}
-  use_sequence_packing: true
-  device_mapping: list(range(0,8))
-teacher:
-  strategy_args: {strategy_config: {tensor_model_parallel_size: 4}}
-  device_mapping: list(range(8,12))
-track_with: tensorboard
-"""
-LOCAL = r"""
-# two GPUs
-accelerate launch --config_file some/config.yaml --num_processes 2 \
-  -m local_distill.train_on_policy_local \
-  --student_model org/student --teacher_model org/teacher --dataset tulu3 \
-  --batch_size 256 --group_size 4 --grad_accum 8 --max_new_tokens 512 --steps 7 --learning_rate 1e-4 \
-  --kl_coef 0.5 --kl_discount 0.9 --use_lora --lora_r 96 --lora_alpha 48 \
-  --dtype bf16 --save_every 200 --wandb_project p --wandb_name n --wandb_mode offline --teacher_ds_zero3
-"""
-HYBRID = r"""
-nohup setsid env WANDB_API_KEY='abc123' WANDB_MODE=offline CUDA_VISIBLE_DEVICES=0,1,2,3,4 NCCL_ALGO=Ring \
-torchrun --standalone --nproc_per_node=4 --master_port=29543 \
-  somewhere/train_gpus.py --dtype bfloat16 --layers 14 16 17 30 --batch_size 2 --grad_accumulation_steps 3 \
-  --ce_weight 1.0 --kl_weight 0.1 --temperature 2.0 --epochs 1 --max_steps 1000 --seq_length 512 \
-  --freeze_mlp --freeze_replaced_layers --no_dataset_streaming --local_files_only --save_interval 100 \
-  --wandb --wandb_project llamba --wandb_run_name one --output_dir out > logs/train.log 2>&1 &
-"""
 
 
 def migrated(given: str, tmp_path: Path, suffix: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -128,6 +49,8 @@ def test_nemo_rl_file(tmp_path: Path) -> None:
         "train.strategy": "fsdp2",
         "train.num_processes": 8,
         "eval.every": 100,
+        "eval.data.preset": "gsm8k",
+        "eval.data.split": "test",
         "checkpoint.save_every": 500,
         "checkpoint.keep_top_k": 3,
         "checkpoint.metric": "eval_accuracy",
@@ -144,6 +67,27 @@ def test_nemo_rl_file(tmp_path: Path) -> None:
     assert "rollout.temperature" not in found
     assert any("rollout.temperature = 0.1" in line for line in notes)  # nothing is dropped in silence
     assert any("policy.dtensor_cfg.tensor_parallel_size = 2" in line for line in notes)
+
+
+def test_evaluations_are_asked_for_where_there_is_something_to_solve(tmp_path: Path) -> None:
+    theirs = (
+        "distillation: {{val_period: 50}}\ncheckpointing: {{keep_top_k: 2, metric_name: 'val:accuracy'}}\ndata: {}\n"
+    )
+    nothing, notes = migrated(theirs.format("{dataset_name: math_cl}"), tmp_path, ".yaml")
+    assert not [key for key in nothing if key.startswith(("eval.", "checkpoint.keep_top_k"))]
+    assert any("eval.every = 50" in line and "eval.data.source" in line for line in notes)
+    own, _ = migrated(theirs.format("{dataset_name: gsm8k}"), tmp_path, ".yaml")
+    assert (own["eval.every"], own["eval.data.preset"], own["eval.data.split"]) == (50, "gsm8k", "test")
+    file = "{dataset_name: math_cl, validation: {dataset_name: held_out.jsonl}}"
+    named, _ = migrated(theirs.format(file), tmp_path, ".yaml")
+    assert (named["eval.data.source"], named["checkpoint.keep_top_k"]) == ("held_out.jsonl", 2)
+    unknown, notes = migrated(
+        theirs.format("{dataset_name: math_cl, validation: {dataset_name: AIME2024}}"), tmp_path, ".yaml"
+    )
+    assert "eval.every" not in unknown
+    assert any("AIME2024" in line for line in notes)
+    script, _ = migrated(f"{LOCAL.strip()} --eval_every 5", tmp_path)
+    assert "eval.every" not in script
 
 
 def test_nemo_rl_command_with_overrides(tmp_path: Path) -> None:
