@@ -1,7 +1,7 @@
 """Where metrics go: `metrics.jsonl` always, and those of accelerate's trackers that are asked for.
 
 Invariant: after a resume at step s the file holds one line for each logged step up to s and none beyond; TensorBoard
-shows the same.
+shows the same. W&B, MLflow and trackio go on with the run that trackers.json in the output directory names.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,7 +17,7 @@ from pydantic import Field, model_validator
 
 from teacher_api.settings import Section
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, RUNS_FILE = "metrics.jsonl", "trackers.json"
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "aim", "clearml", "dvclive"]
 
 
@@ -151,27 +152,65 @@ def _start(name: str, run_dir: Path, config: TrackingConfig, resolved_config: di
     folder = Path(config.logging_dir) / run_name if config.logging_dir else run_dir
     if name in TAKERS["logging_dir"]:
         folder.mkdir(parents=True, exist_ok=True)
+    runs = _known_runs(run_dir)
+    goes_on = name in runs
     if name == "tensorboard":
         # It can't take events back: a mark in the new file has its readers drop those from purge_step on.
         tracker = cls(".", logging_dir=str(folder / "tensorboard"), purge_step=resumed_step + 1)
     elif name == "wandb":
-        tracker = cls(config.project, name=run_name, mode=config.wandb_mode, dir=str(folder))
+        same = {}
+        if config.wandb_mode != "disabled":
+            runs.setdefault(name, secrets.token_hex(4))
+            # Steps that it has beyond resumed_step are written again with the values that they had.
+            same = {"id": runs[name], "resume": "allow"}
+        tracker = cls(config.project, name=run_name, mode=config.wandb_mode, dir=str(folder), **same)
     elif name == "trackio":
-        tracker = cls(config.project, name=run_name)
+        runs.setdefault(name, run_name)
+        tracker = cls(config.project, name=runs[name], resume="allow" if goes_on else "never")
     elif name == "mlflow":
-        tracker = cls(config.project, run_name=run_name)
+        tracker = cls(config.project, run_name=run_name, run_id=runs.get(name))
     elif cls.requires_logging_directory:
         tracker = cls(run_name, logging_dir=str(folder))
     else:
         tracker = cls(config.project)
-    tracker.start()
+    _begin(name, tracker, run_dir, runs)
     if name == "tensorboard":  # its hparams plugin takes flat scalars only; text shows the whole configuration
         tracker.writer.add_text("config", f"```json\n{json.dumps(resolved_config, indent=1)}\n```")
-    elif name == "mlflow":  # its parameters are text
-        tracker.store_init_configuration(_flat(resolved_config))
+    elif name == "mlflow":  # its parameters are text, and never change
+        if not goes_on:
+            tracker.store_init_configuration(_flat(resolved_config))
     else:
         tracker.store_init_configuration(resolved_config)
     return tracker
+
+
+def _begin(name: str, tracker: Any, run_dir: Path, runs: dict[str, str]) -> None:
+    """Starts it, and notes which run of its own this one is."""
+    if name != "mlflow":
+        tracker.start()
+    else:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            tracker.start()
+        except MlflowException as error:
+            known = f"; {run_dir / RUNS_FILE} names the run {runs[name]}: without it another begins"
+            raise ValueError(f"tracking.trackers: mlflow: {error}{known if name in runs else ''}") from error
+        runs[name] = tracker.active_run.info.run_id
+    if runs != _known_runs(run_dir):
+        partial = (run_dir / RUNS_FILE).with_suffix(".partial")
+        partial.write_text(json.dumps(runs) + "\n")
+        os.replace(partial, run_dir / RUNS_FILE)
+
+
+def _known_runs(run_dir: Path) -> dict[str, str]:
+    """What the trackers call this run, by the tracker's name."""
+    path = run_dir / RUNS_FILE
+    try:
+        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}; without it the trackers begin runs of their own") from error
+    return known
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

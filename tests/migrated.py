@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ POSITIONS = 4096
 CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 STUDENTS = {
     "Qwen/Qwen3-8B": "qwen3",
-    "Qwen/Qwen2.5-1.5B-Instruct": "qwen2",
+    "Qwen/Qwen2.5-1.5B-Instruct": "qwen3",
     "sshleifer/tiny-gpt2": "gpt2",
 }
 ANSWERS = [f" {text} {i}" for i, text in enumerate(PROMPTS)]
@@ -94,14 +94,14 @@ def make_place(place: Path) -> Path:
     wide = {"logit_width": WIDTH, "tokenizer_size": V, "max_position_embeddings": POSITIONS, "scale": 2.0}
     save_tiny(place / "teacher", seed=1, **wide)
     save_tiny(place / "deep", seed=3, num_hidden_layers=32, **wide)  # layers 14, 16, 17 and 30 are of it
-    for arch in ("qwen3", "qwen2", "llama"):
+    for arch in ("qwen3", "llama"):
         save_tiny(place / arch, arch, seed=2, **wide)
     gpt2 = {key: value for key, value in wide.items() if key != "max_position_embeddings"}
     save_tiny(place / "gpt2", "gpt2", seed=2, n_positions=POSITIONS, **gpt2)
     mamba = {key: value for key, value in wide.items() if key != "max_position_embeddings"}
     save_tiny(place / "mamba2", "mamba2", seed=2, num_hidden_layers=32, **mamba)
     save_tiny(place / "bamba", "bamba", seed=2, num_hidden_layers=32, attn_layer_indices=[1], **wide)
-    for model in ("teacher", "deep", "qwen3", "qwen2", "llama", "gpt2", "mamba2", "bamba"):
+    for model in ("teacher", "deep", "qwen3", "llama", "gpt2", "mamba2", "bamba"):
         (place / model / "chat_template.jinja").write_text(CHAT)
     save_tiny(place / "padless", seed=2, pad_token_id=1, **wide)
     tokenizer = copy.deepcopy(tiny_tokenizer(V))
@@ -247,7 +247,3 @@ def mean_advantage(ran: Ran, *, kl_coef: float = 1.0, discount: float = 0.0) -> 
         own = (-kl_coef * (log_q - log_p)).tolist()
         every += [sum(discount**j * v for j, v in enumerate(own[t:])) for t in range(len(own))]
     return sum(every) / len(every)
-
-
-def settings(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]

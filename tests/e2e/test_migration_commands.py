@@ -95,6 +95,7 @@ def grafted(ran: Ran) -> None:
 
 
 NEEDS_STUDENT = ("--student=Qwen/Qwen3-8B",)
+PROBLEMS_TO_SOLVE = "eval.data.source={place}/problems.jsonl"
 PROBLEMS = "data.source={place}/problems.jsonl"
 WIDE = ("optim.decay_steps=1", "data.seq_length=24", "student.graft_from={place}/deep", "--student={place}/bamba")
 ON_TULU = {"student": {"model": "Qwen/Qwen3-8B", "dtype": "bfloat16"}, "data": {"preset": "tulu3"}}
@@ -133,12 +134,12 @@ CASES = {
             "data": {"on_policy_fraction": 0.5, "preset": "math-cl", "max_prompt_tokens": 4096, "overlong": "drop"},
             "train": {"micro_batch_tokens": 8192, "packing": "on"},
             "student": {"gradient_checkpointing": True},
-            "optim": {"learning_rate": 2e-5, "betas": [0.9, 0.999], "warmup_steps": 10},
+            "optim": {"learning_rate": 2e-5, "betas": [0.9, 0.999]},
             "tracking": {"project": "distil", "run_name": "org/student-1.5B-run", "trackers": ["wandb"]},
         },
         boxed,
         ".yaml",
-        ("--student=Qwen/Qwen3-8B",),
+        (*NEEDS_STUDENT, "optim.warmup_steps=1", "eval.data.preset=null", "eval.data.split=train", PROBLEMS_TO_SOLVE),
         (),
     ),
     "roll command": Case(

@@ -18,6 +18,7 @@ import pytest
 import torch
 from tinymodels import save_tiny
 from training import (
+    DEEPSPEED,
     PROMPTS,
     TeacherProcess,
     arguments,
@@ -37,7 +38,6 @@ from student_trainer import checkpoint
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-DEEPSPEED = Path(sys.prefix) / "deepspeed"
 STEPS = 8
 LAUNCH_S = 300.0
 """Longest wait for a run that another launcher starts, imports and all."""

@@ -15,21 +15,24 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from onestep import ALONE, bare_run, relative, scored_samples
+from onestep import ALONE, CPU, bare_run, relative, scored_samples
 from safetensors.torch import load_file, save_file
 from tinymodels import save_tiny
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
-from training import FORKS, free_port
+from training import DEEPSPEED, FORKS, free_port
 
+from student_trainer.config import TrainConfig
 from student_trainer.distributed import Distributed, join
+from student_trainer.packing_check import applied
 from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.ddp_sharded import DdpSharded
 from student_trainer.parallel.fsdp2 import Fsdp2, full_tensor
 from student_trainer.parallel.zero import Zero
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.torch_sampler import TorchSampler
+from student_trainer.student import load
 from student_trainer.train import accumulate, learn
 from student_trainer.types import ScoredRollout
 
@@ -42,8 +45,7 @@ SETTINGS: dict[str, Any] = {
     "train": {"micro_batch_tokens": 24, "max_bad_steps": 9},
 }
 """Of the step: several micro-batches on each rank, unlike in number, and clipping that bites."""
-DEEPSPEED = Path(sys.prefix) / "deepspeed"
-"""Where the Makefile puts it, for processes that ask for it only."""
+NEEDED = {"teacher": {"url": "grpc://unused:1", "top_k": "all"}, "data": {"source": "unused"}}
 STRATEGIES: dict[str, Callable[[Distributed], Replicated]] = {
     "ddp": Replicated,
     "ddp_sharded": DdpSharded,
@@ -79,7 +81,7 @@ def whole(run: Any) -> torch.Tensor:
 
 def whole_gradients(run: Any) -> torch.Tensor:
     """All gradients in one row."""
-    parameters = [p for _, p in run.strategy.named_parameters()]
+    parameters = [p for _, p in run.strategy.named_parameters() if p.requires_grad]
     if isinstance(run.strategy, Zero):
         from deepspeed.utils import safe_get_full_grad
 
@@ -143,7 +145,25 @@ def poisoned_backward(run: Any) -> Iterator[None]:
         hook.remove()
 
 
-def _rank(rank: int, world: int, port: int, strategy: str, lopsided: bool, checkpoint: Path, folder: Path) -> None:
+def begun(checkpoint: Path, dist: Distributed, strategy: Replicated | None, more: dict[str, Any]) -> Any:
+    """A run with `more` settings; of the student's form, too."""
+    sections = {name: {**SETTINGS.get(name, {}), **more.get(name, {})} for name in {*SETTINGS, *more} - {"student"}}
+    form = {"model": str(checkpoint), **more.get("student", {})}
+    config = TrainConfig.model_validate({**NEEDED, **sections, "student": form})
+    student = applied(load(config.student, CPU), config)
+    return bare_run(checkpoint, dist, strategy, student, **sections)
+
+
+def _rank(
+    rank: int,
+    world: int,
+    port: int,
+    strategy: str,
+    lopsided: bool,
+    checkpoint: Path,
+    folder: Path,
+    more: dict[str, Any],
+) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -152,7 +172,7 @@ def _rank(rank: int, world: int, port: int, strategy: str, lopsided: bool, check
         sys.path.append(str(DEEPSPEED))
     dist = join("cpu", 60.0)
     samples = scored_samples()
-    run = bare_run(checkpoint, dist, STRATEGIES[strategy](dist), **SETTINGS)
+    run = begun(checkpoint, dist, STRATEGIES[strategy](dist), more)
     mine = shares(samples, dist, lopsided)
     facts, tensors = take_steps(run, mine, samples)
     if not lopsided:
@@ -182,21 +202,40 @@ CASES = [
     pytest.param("mamba2", "fsdp2", 2, False, id="fsdp2-mamba2", marks=pytest.mark.long),
     pytest.param("gemma2", "ddp_sharded", 4, False, id="ddp_sharded-four", marks=pytest.mark.long),
 ]
+MUON = {"optim": {"name": "muon", "muon_learning_rate": 1e-3}}
+ADAPTERS = {"student": {"lora": {"r": 4, "alpha": 8}}}
+FORMS = [
+    pytest.param("qwen3", "fsdp2", MUON, id="fsdp2-muon"),
+    pytest.param("qwen3", "ddp_sharded", MUON, id="ddp_sharded-muon", marks=pytest.mark.long),
+    pytest.param("qwen3", "zero2", ADAPTERS, id="zero2-lora"),
+    pytest.param("llama", "zero3", ADAPTERS, id="zero3-lora"),
+    pytest.param("qwen3", "fsdp2", ADAPTERS, id="fsdp2-lora", marks=pytest.mark.long),
+    pytest.param("qwen3", "ddp_sharded", ADAPTERS, id="ddp_sharded-lora", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("arch", "strategy", "more"), FORMS)
+def test_two_ranks_of_a_form_do_what_one_does(arch: str, strategy: str, more: dict[str, Any], tmp_path: Path) -> None:
+    together_as_one(arch, strategy, 2, False, tmp_path, more)
 
 
 @pytest.mark.parametrize(("arch", "strategy", "world", "lopsided"), CASES)
 def test_ranks_together_do_what_one_does(arch: str, strategy: str, world: int, lopsided: bool, tmp_path: Path) -> None:
+    together_as_one(arch, strategy, world, lopsided, tmp_path, {})
+
+
+def together_as_one(arch: str, strategy: str, world: int, lopsided: bool, tmp_path: Path, more: dict[str, Any]) -> None:
     if strategy.startswith("zero") and not DEEPSPEED.is_dir():
         pytest.skip("no DeepSpeed here: make setup-test")
     checkpoint = save_tiny(tmp_path / "student", arch, scale=2.0)
     assert FORKS.get_start_method() == "forkserver"  # with the imports done
-    arguments = (world, free_port(), strategy, lopsided, checkpoint, tmp_path)
+    arguments = (world, free_port(), strategy, lopsided, checkpoint, tmp_path, more)
     multiprocessing.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(world)]
     saved = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(world)]
 
     samples = scored_samples()
-    alone = bare_run(checkpoint, ALONE, **SETTINGS)
+    alone = begun(checkpoint, ALONE, None, more)
     expected, reference = take_steps(alone, samples, samples)
     for facts, tensors in zip(ranks, saved, strict=True):
         assert facts["sampled"] == expected["sampled"]
@@ -224,7 +263,7 @@ def check_wrapper(strategy: str, described: list[dict[str, Any]], alone: Any, nu
         assert all(rank["dtensors"]) if strategy == "fsdp2" else not any(rank["dtensors"])
         assert rank["groups"] == (alone.student.model.config.num_hidden_layers if strategy == "fsdp2" else 0)
         assert rank["plain_on_meta"] == (strategy in ("fsdp2", "zero2", "zero3"))
-        assert rank["optimizers"] == (["ZeroRedundancyOptimizer"] if strategy == "ddp_sharded" else ["AdamW"])
+        assert rank["optimizers"] == (["ZeroRedundancyOptimizer"] if strategy == "ddp_sharded" else plain["optimizers"])
         if strategy in engines:
             kind = "DeepSpeedZeroOptimizer" + ("_Stage3" if strategy == "zero3" else "")
             assert rank["engine"] == ["DeepSpeedEngine", engines[strategy], kind]

@@ -43,6 +43,10 @@ tracker = Tracker(run_dir, tracking, config)
 tracker.log(1, {"loss": 2.0, "grad_norm": float("nan")})
 tracker.log(2, {"loss": 1.0, "grad_norm": 0.5})
 tracker.close()
+for resumed in (1, 2):  # killed after step 2, whose checkpoint it had not yet; then in the middle of nothing
+    tracker = Tracker(run_dir, tracking, {**config, "more": resumed}, resumed_step=resumed)
+    tracker.log(resumed + 1, {"loss": 2.0 - resumed, "grad_norm": 0.5})
+    tracker.close()
 found = {"outside": outside}
 if "mlflow" in names:
     from mlflow.tracking import MlflowClient
@@ -107,10 +111,12 @@ def wandb_records(path: Path) -> Iterator[Any]:
 def test_wandb_offline_writes_the_run_and_reaches_nobody(written: tuple[Path, dict[str, Any]]) -> None:
     place, found = written
     assert found["outside"] == []
-    [file] = place.glob("run/wandb/offline-run-*/*.wandb")
-    records = list(wandb_records(file))
-    [run] = [r.run for r in records if r.WhichOneof("record_type") == "run"]
-    assert (run.project, run.display_name) == ("project", "named")
+    files = sorted(place.glob("run/wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    started = [next(r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run") for file in files]
+    assert [(run.project, run.display_name) for run in started] == [("project", "named")] * 3
+    ids = {run.run_id for run in started}
+    assert ids == {json.loads((place / "run" / "trackers.json").read_text())["wandb"]}, "a resumed run is the same run"
+    records = list(wandb_records(files[0]))
     history = [
         {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for record in records
@@ -135,6 +141,8 @@ def test_trackio_keeps_the_run_on_disk(written: tuple[Path, dict[str, Any]]) -> 
     assert [(name, step, json.loads(values)["loss"]) for name, step, values in lines] == [
         ("named", 1, 2.0),
         ("named", 2, 1.0),
+        ("named", 2, 1.0),
+        ("named", 3, 0.0),
     ]
     assert config["optim"] == CONFIG["optim"]
 
@@ -145,8 +153,8 @@ def test_mlflow_has_parameters_by_dotted_key_and_every_step(written: tuple[Path,
     name, parameters, losses, norms, status = written[1]["mlflow"]
     assert (name, status) == ("named", "FINISHED")
     assert parameters == {"optim.learning_rate": "0.5", "optim.betas": "[0.9, 0.95]", "student.model": "small"}
-    assert losses == [[1, 2.0], [2, 1.0]]
-    assert norms == [[2, 0.5]]
+    assert losses == [[1, 2.0], [2, 1.0], [2, 1.0], [3, 0.0]], "a resumed run is the same run"
+    assert norms == [[2, 0.5], [2, 0.5], [3, 0.5]]
 
 
 @installed
@@ -169,7 +177,9 @@ def test_wandb_is_started_as_asked(mode: Any, tmp_path: Path, monkeypatch: pytes
     config = TrackingConfig(trackers=("wandb",), project="p", wandb_mode=mode, logging_dir=str(tmp_path / "logs"))
     with pytest.raises(Stopped):
         Tracker(tmp_path / "run7", config, {})
+    same = {name: started[0].pop(name, None) for name in ("id", "resume")}
     assert started == [{"project": "p", "name": "run7", "mode": mode, "dir": str(tmp_path / "logs" / "run7")}]
+    assert (same["resume"] == "allow" and len(same["id"]) == 8) if mode != "disabled" else not any(same.values())
 
 
 def test_logging_dir_holds_each_run_under_its_name(tmp_path: Path) -> None:
