@@ -126,7 +126,11 @@ CASES = {
     "nemo overrides": Case(
         theirs.NEMO_OVERRIDES,
         {"data": {"on_policy_fraction": 0.7}, "loss": {"objective": "reverse_kl"}},
-        needs=(*NEEDS_STUDENT, PROBLEMS),
+        needs=(
+            *NEEDS_STUDENT,
+            PROBLEMS,
+            "rollout.engine=torch",
+        ),  # vLLM's: tests/trainer/test_rollout_vllm_colocated.py
     ),
     "nemo whole": Case(
         theirs.NEMO,

@@ -57,10 +57,10 @@ def test_values_and_gradients_follow_the_definition_in_float64(name):
 @pytest.mark.parametrize("name", DEFINITION)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_distributions_give_exactly_zero_and_no_gradient(name, dtype):
-    """0 to the last bit where p has q's bits: those of torch's log_softmax where every sum is exact, and of the student's
-    own sum anywhere. Elsewhere two right sums of the same logits round differently, by δ of a few units in the last place
-    (a teacher's sum is another program's anyway): D = ½δ² (k2), and δ²/2 + O(δ³) (k3), is then the square of a rounding
-    error, and nothing smaller can be asked of it."""
+    """0 to the last bit where p has q's bits: those of torch's log_softmax where every sum is exact, and of the
+    student's own sum anywhere. Elsewhere two right sums of the same logits round differently, by a δ of a few units in
+    the last place (and a teacher's sum is another program's anyway): ½δ² (k2), or ½δ² + O(δ³) (k3), is then the square
+    of a rounding error, and nothing smaller can be asked of it."""
     exact = torch.full((3, 50), -1e4, dtype=dtype)
     exact[0, 5] = exact[1, 5] = exact[1, 7] = exact[2, 5] = exact[2, 0] = 3.25  # log q(5) is 0, and twice −log 2
     of_torch = torch.log_softmax(exact, -1).double().numpy()
