@@ -106,13 +106,16 @@ class _Sharded(Optimizer):
         with waiting():
             return float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
 
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(optimizer, torch.optim.Muon):
+            _update_whole(optimizer)
+        else:
+            super()._update(optimizer)
+
     def _restore(self, optimizer: torch.optim.Optimizer, parameter: Parameter, slot: str, value: Tensor) -> None:
         data = parameter.data
         if isinstance(data, DTensor) and value.shape == data.shape:
-            # Every rank has read the whole value: each takes its part, nothing is sent.
-            whole = value.to(data.to_local().device)
-            value = distribute_tensor(whole, data.device_mesh, data.placements, src_data_rank=None)
-            optimizer.state[parameter][slot] = value
+            optimizer.state[parameter][slot] = _part_like(data, value.to(data.to_local().device))
         else:
             super()._restore(optimizer, parameter, slot, value)
 
@@ -124,6 +127,29 @@ class _Sharded(Optimizer):
             if self._dist.is_main:
                 whole[name] = tensor.cpu()
         return Snapshot(whole, description)
+
+
+def _update_whole(optimizer: torch.optim.Muon) -> None:
+    """Muon's step of each matrix in turn while every rank has it whole, as one process takes it. Its iteration runs in
+    bfloat16: products of parts would round differently, which is more than ranks may differ by."""
+    for group in optimizer.param_groups:
+        settings = {name: value for name, value in group.items() if name != "params"}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = optimizer.state[parameter]
+            whole = Parameter(full_tensor(parameter.data).clone())
+            whole.grad = full_tensor(parameter.grad)
+            of_whole = torch.optim.Muon([{**settings, "params": [whole]}])
+            of_whole.state[whole].update({slot: full_tensor(value).clone() for slot, value in state.items()})
+            of_whole.step()
+            parameter.data.to_local().copy_(_part_like(parameter.data, whole.data).to_local())
+            state.update({slot: _part_like(parameter.data, value) for slot, value in of_whole.state[whole].items()})
+
+
+def _part_like(data: DTensor, whole: Tensor) -> DTensor:
+    """This rank's part of a tensor that every rank has whole, cut as `data`: nothing is sent."""
+    return distribute_tensor(whole, data.device_mesh, data.placements, src_data_rank=None)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

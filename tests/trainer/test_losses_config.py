@@ -7,9 +7,12 @@ import sys
 import pytest
 
 from student_trainer import losses
+from student_trainer.cli import SHORTCUTS
+from student_trainer.config import TrainConfig
 from student_trainer.losses import registry
 from student_trainer.losses.base import Needs, Objective
 from student_trainer.losses.config import CustomConfig, DivergenceConfig, LossConfig, LossField, SampledTokenConfig
+from teacher_api import settings
 from teacher_api.settings import Section
 
 
@@ -130,3 +133,21 @@ def test_a_name_can_be_registered_once_only():
         registry.register(Twice)(Objective)
     with pytest.raises(TypeError, match="needs a name"):
         registry.register(LossConfig)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("loss.beta=7", "command line: loss.beta: Input should be less than or equal to 1, got 7"),
+        ("loss.kl_weight=0", "command line: loss.kl_weight: got 0 without a ce_weight"),
+        ("loss.betta=1", "command line: loss.betta: unknown key; did you mean loss.beta?"),
+        ("student.lora.alpha=3", "command line: student.lora.alpha: got 3 with r 0"),
+        ("data.mix=sample", "command line: data.mix: got 'sample' with on_policy_fraction 1"),
+    ],
+)
+def test_a_refused_key_is_named_once(given: str, said: str) -> None:
+    argv = ["--student=x", "--prompts=y", "--teacher-url=grpc://host:1", "loss.objective=jsd", given]
+    with pytest.raises(settings.SettingsError) as refused:
+        settings.load(TrainConfig, argv, prog="p", description="", env_prefix="S_", environ={}, shortcuts=SHORTCUTS)
+    assert str(refused.value).startswith(said)
+    assert str(refused.value).count(given.partition("=")[0]) == 1
