@@ -225,7 +225,7 @@ def overridden(ran: Ran) -> None:
 
 
 SKEWED = "loss.skew_lambda=0.2 loss.objective=skewed_"
-BY_LOSS = "checkpoint.keep_last=1 checkpoint.metric=loss"
+BY_LOSS = "checkpoint.keep_last=1 checkpoint.metric=loss checkpoint.mode=min"
 ADAPTIVE = "loss.objective=adaptive_kl loss.adaptive_alpha=0.4"
 TURNS = "rollout.max_new_tokens=8 data.max_prompt_tokens=100 optim.warmup_steps=1 train.batch_size=2 train.steps=2"
 S3 = f"--student={{place}}/qwen3 {TURNS} tracking.trackers=[]"
@@ -436,6 +436,7 @@ def test_a_row_runs_as_it_is_written(row: Row, arguments, place, tmp_path, monke
     row.check(migrated.run(argv, tmp_path / "run", monkeypatch, place / "teacher"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategies_of_the_rows_on_two_ranks(strategy: str, arguments, place, tmp_path, monkeypatch) -> None:
     """The strategy is the one that a checkpoint names; the loss is the whole batch's, not one rank's."""
