@@ -142,7 +142,7 @@ def _update_whole(optimizer: torch.optim.Muon) -> None:
             whole.grad = full_tensor(parameter.grad)
             of_whole = torch.optim.Muon([{**settings, "params": [whole]}])
             of_whole.state[whole].update({slot: full_tensor(value).clone() for slot, value in state.items()})
-            of_whole.step()
+            of_whole.step()  # type: ignore[no-untyped-call]
             parameter.data.to_local().copy_(_part_like(parameter.data, whole.data).to_local())
             state.update({slot: _part_like(parameter.data, value) for slot, value in of_whole.state[whole].items()})
 
