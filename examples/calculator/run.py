@@ -159,7 +159,7 @@ def _measured(output: Path, console: Console) -> dict[str, Any]:
     console.print(
         f"turns per conversation: {first['turns']:.2f} in the first step, {last['turns']:.2f} in the last. With a "
         f"calculator whose results are {task.WRONG_BY} too large, {follows['accuracy']:.1%} of the answers are "
-        f"{2 * task.WRONG_BY} too large: they come from the tool.",
+        f"{2 * task.WRONG_BY} too large: those come from the tool.",
         highlight=False,
     )
     return {
