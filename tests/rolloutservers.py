@@ -67,6 +67,9 @@ class RolloutServer:
         assert self.process is not None, "begin() comes first"
         assert self.process.poll() is None, self.log.read_text()[-3000:]
         time.sleep(0.1)
+        return self.serves()
+
+    def serves(self) -> bool:
         try:
             socket.create_connection(("127.0.0.1", self.port), 1.0).close()
             return httpx.get(f"{self.url}/v1/rollout/info", timeout=5.0, verify=False).status_code == 200

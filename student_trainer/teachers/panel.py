@@ -180,7 +180,8 @@ class Panel:
         spans = [self._asked.get() for _ in range(self._asked.qsize())]
         if len(self._names) == 1:
             return {}
-        summed = sum_metrics(self._sums if sums is None else sums)
+        nothing = {f"{name}/tokens": 0.0 for name in self._names}  # of one that no sample of the step fell to
+        summed = sum_metrics({**nothing, **(self._sums if sums is None else sums)})
         rows = {key.removeprefix(ROWS_OF): summed.pop(key) for key in list(summed) if key.startswith(ROWS_OF)}
         means = {key: value / rows.get(key, 1.0) for key, value in summed.items() if rows.get(key, 1.0)}
         asked = {name: [(start, stop) for who, start, stop in spans if who == name] for name in self._names}

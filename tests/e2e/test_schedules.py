@@ -270,8 +270,8 @@ def test_async_on_two_processes_learns_from_every_sample_once(argv, tmp_path) ->
 
 
 REFUSED = {
-    "train: max_staleness: got 0": ["train.schedule=async"],
-    "train: max_staleness: got 2 with train.schedule strict": ["train.max_staleness=2"],
+    "train.max_staleness: got 0": ["train.schedule=async"],
+    "train.max_staleness: got 2 with train.schedule strict": ["train.max_staleness=2"],
     "train.schedule: got async with rollout.engine vllm": [
         "train.schedule=async", "train.max_staleness=1", "rollout.engine=vllm",
     ],
