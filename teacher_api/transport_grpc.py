@@ -44,6 +44,11 @@ _BY_CODE: dict[str, type[TeacherError]] = {
 """What a status without our details means: gRPC itself or a proxy gave it. All others are errors we don't know."""
 
 
+_WRITE_FAILED = "Internal error from Core"
+"""What grpc.aio says in place of the call's own end where its request could not be written any more: a connection that
+broke, mostly (github.com/grpc/grpc/issues/36066). Asked again, it shows what it was."""
+
+
 class GrpcTransport:
     """`target` is host:port. Keys are sent in the clear unless `secure`. gRPC itself has no zstd in Python, so that
     `compression` is that of our own messages: frames, and requests in an envelope."""
@@ -124,6 +129,8 @@ class GrpcTransport:
         code, details = error.code().name, " ".join((error.details() or "").split())
         if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:
             return errors.TooLarge(f"{self._target}: {details}")
+        if code == "INTERNAL" and details == _WRITE_FAILED:
+            return errors.Unavailable(f"{self._target}: the request could not be sent to its end")
         cls = _BY_CODE.get(code)
         if cls is None:
             return errors.InternalError(f"{self._target}: gRPC {code}: {details}")

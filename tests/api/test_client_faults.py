@@ -7,12 +7,14 @@ import socket
 import time
 from contextlib import suppress
 
+import grpc
 import pytest
 from client_calls import a_request, check, collect, run
 from fake_teacher import SERVE, FakeTeacher, Fault
 
 from teacher_api import errors
 from teacher_api.client import AsyncTeacherClient, TeacherClient
+from teacher_api.transport_grpc import GrpcTransport
 from teacher_api.types import ScoreRequest
 
 pytestmark = [
@@ -103,6 +105,26 @@ def test_damage_is_caught_and_asked_again(serve, damage, streamed):
     request = a_request()
     check(request, run(serve, teacher, lambda c: collect(c, request) if streamed else c.score(request)))
     assert teacher.asked[1] == ["c0", "c1", "c2"]
+
+
+@pytest.mark.parametrize(
+    ("details", "kind"),
+    [("Internal error from Core", "unavailable"), ("the server's own words", "internal")],
+)
+def test_a_request_that_grpc_could_not_send_to_its_end_is_asked_again_and_other_internal_errors_are_not(details, kind):
+    """github.com/grpc/grpc/issues/36066: a broken connection may show as INTERNAL."""
+    metadata = grpc.aio.Metadata()
+    ended = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, details)
+
+    async def classified() -> errors.TeacherError:
+        transport = GrpcTransport("127.0.0.1:1", secure=False, api_key=None)
+        try:
+            return transport._error(ended)
+        finally:
+            await transport.close()
+
+    error = asyncio.run(classified())
+    assert (error.kind, error.retryable) == (kind, kind == "unavailable")
 
 
 def test_lasting_damage_is_an_error(serve):
