@@ -150,7 +150,7 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
     from student_trainer.run import prepare, require_alike
     from student_trainer.teachers.past import PastTeachers
 
-    config = command.config
+    config, stop = command.config, guards.StopSignals()
     with contextlib.ExitStack() as stack:
         try:
             dist = distributed.join(config.student.device, _outage_s(config) + COLLECTIVE_MARGIN_S)
@@ -162,7 +162,7 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
             )
             stack.callback(past.close)
             urls = {**urls, **_past_urls(config, dist, past)}
-            stop = stack.enter_context(guards.StopSignals().installed())
+            stack.enter_context(stop.installed())
             with guards.told_once(dist, _exit_code):
                 prepared = prepare(config, dist, urls, stop, past)
                 stack.callback(prepared.close)
@@ -189,7 +189,7 @@ def _rank(command: Command, urls: Mapping[str, str]) -> int:
         except (ValueError, RolloutError, TeacherError, CheckpointError, *guards.GONE) as error:
             return _say(error, _exit_code(error))
         except distributed.RankLost as error:
-            return _say_unless_launcher_does(error)
+            return _say_unless_launcher_does(error, stop)
         return _train(prepared, stop)
 
 
@@ -219,7 +219,7 @@ def _train(run: Run, stop: StopSignals) -> int:
     ) as error:
         return _say(error, FAILED)
     except distributed.RankLost as error:
-        return _say_unless_launcher_does(error)
+        return _say_unless_launcher_does(error, stop)
     return 0
 
 
@@ -299,12 +299,14 @@ def _refuse_another_number(config: TrainConfig) -> None:
         )
 
 
-def _say_unless_launcher_does(error: RankLost) -> int:
+def _say_unless_launcher_does(error: RankLost, stop: StopSignals) -> int:
     """Our own launcher sees which process ended, says so, and stops this one: it has a while for that."""
     from student_trainer import launch
 
     if launch.is_ours():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if stop.received:  # it was quicker
+            return FAILED
         time.sleep(LAUNCHER_SPEAKS_S)
     return _say(error, FAILED)
 
