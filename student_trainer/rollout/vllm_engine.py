@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import os
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ class VllmEngine:
 
     def __init__(self, arguments: Mapping[str, Any], *, in_process: bool, whose: str) -> None:
         require_vllm(whose)
+        _bear_being_looked_through()
         with _as_found(keep=(RUNNER,) if in_process else ()):
             os.environ[RUNNER] = "0"  # our sampler is made for the first one
             os.environ.setdefault(LOG_LEVEL, "WARNING")
@@ -197,6 +199,15 @@ def refuse_unfit_for_vllm(config: TrainConfig, student: Student, whose: str) -> 
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def _bear_being_looked_through() -> None:
+    """On a CPU, vLLM 0.32 looks through the attributes of all modules for kernels, and takes what an object has as
+    `__dict__` for a dict. llvmlite's library, there where numba was used, has a function of any name it is asked for."""
+    library = getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None)
+    functions = getattr(library, "_fntab", None)
+    if isinstance(functions, dict):
+        functions.setdefault("__dict__", {})
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding  # noqa: F401  # vLLM must start where numba was used
 import numpy as np
 import pytest
 import torch
