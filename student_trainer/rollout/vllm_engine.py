@@ -203,7 +203,7 @@ def one_line(error: BaseException) -> str:
 
 def _bear_being_looked_through() -> None:
     """On a CPU, vLLM 0.32 looks through the attributes of all modules for kernels, and takes what an object has as
-    `__dict__` for a dict. llvmlite's library, there where numba was used, has a function of any name it is asked for."""
+    `__dict__` for a dict. llvmlite's library, there where numba was used, has a function of any name asked for."""
     library = getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None)
     functions = getattr(library, "_fntab", None)
     if isinstance(functions, dict):
