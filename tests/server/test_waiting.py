@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,13 +17,12 @@ pytestmark = [
 
 
 @pytest.fixture
-def asleep(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def asleep(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
     monkeypatch.setattr(SpinCondition, "wait", SpinCondition.wait)
     monkeypatch.setattr(SpinCondition.__init__, "__defaults__", SpinCondition.__init__.__defaults__)
     waiting.sleep_between_messages.__wrapped__()
-    yield
 
 
 @pytest.mark.parametrize("notified", [True, False])
