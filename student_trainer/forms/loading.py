@@ -4,9 +4,6 @@ class of the user's own. Every program of the trainer loads its models here, and
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from student_trainer.forms import graft, lora
+from student_trainer.imports import import_named
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError)
 """What transformers raises for files that are missing, cut short, of another shape or of an unknown architecture."""
@@ -82,18 +80,15 @@ def reload(model: Any, directory: Path) -> Any:
 
 
 def import_class(path: str) -> Any:
-    """The class `package.module:Class` names, looked up as Python would with the working directory on its path.
+    """The class that `package.module:Class` names.
 
     Raises:
         StudentError: no such class, or it can't be loaded from and saved to a directory.
     """
-    module_name, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:  # a console script's path starts in its own folder, not where the user stands
-        sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise StudentError(f"student.model_class: can't import {path!r} (package.module:Class): {error}") from error
+        found = import_named(path, "Class", "student.model_class: ")
+    except ValueError as error:
+        raise StudentError(str(error)) from error
     lacking = [method for method in ("from_pretrained", "save_pretrained") if not hasattr(found, method)]
     if lacking or not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         without = f" without {' and '.join(lacking)}" if lacking else ""

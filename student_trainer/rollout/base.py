@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -71,3 +72,23 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Ends what belongs to the engine alone: its processes, its memory."""
         ...
+
+
+class ByPlace(ABC):
+    """`sample` and `stream` of an engine that finishes completions in any order."""
+
+    @abstractmethod
+    def _finished(
+        self, prompts: Sequence[Prompt], uids: Sequence[int], keep_top_k: int
+    ) -> Iterator[tuple[int, Rollout]]:
+        """Each completion, when it is finished, with its prompt's place among `prompts`."""
+
+    def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]:
+        """See RolloutEngine.sample."""
+        found = dict(self._finished(prompts, uids, keep_top_k))
+        return [found[place] for place in range(len(prompts))]
+
+    def stream(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> Iterator[Rollout]:
+        """See RolloutEngine.stream."""
+        for _, rollout in self._finished(prompts, uids, keep_top_k):
+            yield rollout

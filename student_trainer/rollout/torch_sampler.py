@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from student_trainer.rollout.base import RolloutError
+from student_trainer.rollout.base import ByPlace, RolloutError
 from student_trainer.rollout.batches import Batch, batches
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.continuous import Continuous
@@ -24,7 +24,7 @@ from student_trainer.rollout.slots import SlotDecoder
 from student_trainer.types import Metrics, Prompt, Rollout
 
 
-class TorchSampler:
+class TorchSampler(ByPlace):
     """See RolloutEngine.
 
     Args:
@@ -60,19 +60,6 @@ class TorchSampler:
         with evaluating(model):
             self.strategy: Strategy = choose(model, vocabulary_size)
 
-    def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]:
-        """See RolloutEngine.sample."""
-        jobs = self._jobs(prompts, uids)
-        rollouts: list[Rollout | None] = [None] * len(jobs)
-        for job, rollout in self._finished(jobs, keep_top_k):
-            rollouts[job.place] = rollout
-        return [r for r in rollouts if r is not None]
-
-    def stream(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> Iterator[Rollout]:
-        """See RolloutEngine.stream."""
-        for _, rollout in self._finished(self._jobs(prompts, uids), keep_top_k):
-            yield rollout
-
     def update(self, version: int) -> None:
         """See RolloutEngine.update: the weights are the trainer's own, so only their number is new."""
         self._version = version
@@ -90,14 +77,17 @@ class TorchSampler:
         require_continuable(prompts, self.vocabulary_size, self.config.max_new_tokens, limit, "student")
         return jobs
 
-    def _finished(self, jobs: Sequence[Job], keep_top_k: int) -> Iterator[tuple[Job, Rollout]]:
+    def _finished(
+        self, prompts: Sequence[Prompt], uids: Sequence[int], keep_top_k: int
+    ) -> Iterator[tuple[int, Rollout]]:
+        jobs = self._jobs(prompts, uids)
         rules = Rules(self.config, self.vocabulary_size, self.stop_ids, self._seed, keep_top_k)
         for work, computing in self._works(jobs, rules):
             while not work.is_done:
                 with evaluating(self._model), computing():
                     finished = work.advance()
                 for job, record in finished:
-                    yield job, self._rollout(job, record)
+                    yield job.place, self._rollout(job, record)
 
     def _works(
         self, jobs: Sequence[Job], rules: Rules

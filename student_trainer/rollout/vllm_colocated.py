@@ -14,7 +14,7 @@ import torch
 from student_trainer.config import TrainConfig
 from student_trainer.forms import lora
 from student_trainer.rollout import handover
-from student_trainer.rollout.base import RolloutError
+from student_trainer.rollout.base import ByPlace, RolloutError
 from student_trainer.rollout.config import VllmConfig
 from student_trainer.rollout.vllm_engine import EngineError, VllmEngine, one_line, refuse_unfit_for_vllm
 from student_trainer.rollout.vllm_side import worker as side
@@ -37,7 +37,7 @@ OURS = frozenset(
 """Engine arguments that other options, or the hand-over of weights, decide."""
 
 
-class ColocatedSampler:
+class ColocatedSampler(ByPlace):
     """See RolloutEngine. The engine starts at the first `update`, which every rank calls at the same point.
 
     Args:
@@ -63,18 +63,6 @@ class ColocatedSampler:
         self._version = -1
         self._has_base = self._has_all = self._asleep = False
         self._error = 0.0
-
-    def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]:
-        """See RolloutEngine.sample."""
-        rollouts: list[Rollout | None] = [None] * len(prompts)
-        for place, rollout in self._finished(prompts, uids, keep_top_k):
-            rollouts[place] = rollout
-        return [r for r in rollouts if r is not None]
-
-    def stream(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> Iterator[Rollout]:
-        """See RolloutEngine.stream."""
-        for _, rollout in self._finished(prompts, uids, keep_top_k):
-            yield rollout
 
     def update(self, version: int) -> None:
         """See RolloutEngine.update. The same version again hands nothing over.

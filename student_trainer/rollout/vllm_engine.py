@@ -184,16 +184,21 @@ def require_vllm(whose: str) -> None:
 
 
 def refuse_unfit_for_vllm(config: TrainConfig, student: Student, whose: str) -> None:
-    """Raises ValueError where vLLM isn't installed or can't have this run's student: it builds models of its own."""
+    """Raises ValueError where vLLM isn't installed or can't have this run's student."""
     require_vllm(whose)
+    refuse_own_forms(config, student, f"{whose}: got vllm")
+
+
+def refuse_own_forms(config: TrainConfig, student: Student, got: str) -> None:
+    """Raises ValueError, which begins with `got`, for a student that vLLM can't have: it builds models of its own."""
     if hasattr(student.model.config, graft.ENTRY):
         raise ValueError(
-            f"{whose}: got vllm with a student that has layers of another model (student.layers_from_teacher), "
+            f"{got} with a student that has layers of another model (student.layers_from_teacher), "
             "expected torch: vLLM's model of the student does not have them"
         )
     if config.student.model_class:
         raise ValueError(
-            f"{whose}: got vllm with student.model_class {config.student.model_class}, expected torch: vLLM has its own"
+            f"{got} with student.model_class {config.student.model_class}, expected torch: vLLM has its own"
         )
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from student_trainer.forms.loading import StudentError
+from student_trainer.rollout.base import ByPlace
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.vllm_engine import EngineError, VllmEngine, one_line
 from student_trainer.student import eos_token_ids
 from student_trainer.types import Prompt, Rollout
 
 
-class VllmSampler:
+class VllmSampler(ByPlace):
     """See RolloutEngine.sample.
 
     Args:
@@ -58,17 +59,9 @@ class VllmSampler:
             raise StudentError(str(error)) from error
         self.max_tokens = self._engine.max_tokens
 
-    def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]:
-        """See RolloutEngine.sample."""
-        found = dict(self._stream(prompts, uids, keep_top_k))
-        return [found[place] for place in range(len(prompts))]
-
-    def stream(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> Iterator[Rollout]:
-        """See RolloutEngine.stream."""
-        for _, rollout in self._stream(prompts, uids, keep_top_k):
-            yield rollout
-
-    def _stream(self, prompts: Sequence[Prompt], uids: Sequence[int], keep_top_k: int) -> Iterator[tuple[int, Rollout]]:
+    def _finished(
+        self, prompts: Sequence[Prompt], uids: Sequence[int], keep_top_k: int
+    ) -> Iterator[tuple[int, Rollout]]:
         return self._engine.stream(
             prompts,
             uids,

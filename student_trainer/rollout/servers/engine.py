@@ -14,14 +14,15 @@ from torch import Tensor
 from student_trainer import guards
 from student_trainer.config import TrainConfig
 from student_trainer.distributed import Distributed
-from student_trainer.forms import graft, lora
+from student_trainer.forms import lora
 from student_trainer.rollout import handover
-from student_trainer.rollout.base import RolloutError
+from student_trainer.rollout.base import ByPlace, RolloutError
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.servers.links import GlooLink, Link, NcclLink, free_port
 from student_trainer.rollout.servers.pool import Job, Pool, Snapshot
 from student_trainer.rollout.servers.remote import Info
 from student_trainer.rollout.transfer import Packed, own_address
+from student_trainer.rollout.vllm_engine import refuse_own_forms
 from student_trainer.rollout.vllm_side.request import Draws, Weights
 from student_trainer.student import Student
 from student_trainer.types import Metrics, Prompt, Rollout
@@ -30,7 +31,7 @@ from teacher_api.types import FloatArray
 WHOSE = "rollout.engine vllm-server"
 
 
-class ServersSampler:
+class ServersSampler(ByPlace):
     """See RolloutEngine.
 
     Args:
@@ -44,17 +45,7 @@ class ServersSampler:
         self._rollout, self._options = config.rollout, config.rollout.server
         self._student, self._dist, self._seed = student, dist, config.train.seed
         self._stop_ids = tuple(sorted({*student.eos_token_ids, *config.rollout.stop_token_ids}))
-        if hasattr(student.model.config, graft.ENTRY):
-            raise ValueError(
-                f"rollout.engine: got vllm-server with student.layers_from_teacher "
-                f"{list(config.student.layers_from_teacher)}, layers that vLLM's model of the student does not have, "
-                "expected torch"
-            )
-        if config.student.model_class:
-            raise ValueError(
-                f"rollout.engine: got vllm-server with student.model_class {config.student.model_class}, expected "
-                "torch: vLLM has its own"
-            )
+        refuse_own_forms(config, student, "rollout.engine: got vllm-server")
         self._dtype = ""  # of the servers
         self._max_tokens = 0
         self._weights = Weights()
@@ -73,18 +64,6 @@ class ServersSampler:
             self._pool.close()
             raise
         self._tolerance = handover.tolerance(self._options.logprob_tolerance, self._dtype)
-
-    def sample(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> list[Rollout]:
-        """See RolloutEngine.sample."""
-        rollouts: list[Rollout | None] = [None] * len(prompts)
-        for place, rollout in self._finished(prompts, uids, keep_top_k):
-            rollouts[place] = rollout
-        return [r for r in rollouts if r is not None]
-
-    def stream(self, prompts: Sequence[Prompt], uids: Sequence[int], *, keep_top_k: int = 0) -> Iterator[Rollout]:
-        """See RolloutEngine.stream."""
-        for _, rollout in self._finished(prompts, uids, keep_top_k):
-            yield rollout
 
     def update(self, version: int) -> None:
         """See RolloutEngine.update. The same version again hands nothing over.
