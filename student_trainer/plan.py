@@ -38,7 +38,7 @@ def phases(run: Run, tokens: int) -> dict[str, Bytes]:
         prompt=min(run.prompts.longest.prompt, run.longest_tokens),
         longest=run.longest_tokens,
         width=student.parts.logit_width,
-        on_gpu=student.device.type == "cuda",
+        gpu_bytes=torch.cuda.get_device_properties(student.device).total_memory if student.device.type == "cuda" else 0,
         world=run.dist.world,
     )
     return memory.phases(Shape.of(student.model, student.parts), load, parts, run.dist.world)

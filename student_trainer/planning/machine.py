@@ -13,7 +13,7 @@ from student_trainer.losses import build
 from student_trainer.losses.base import Needs
 from student_trainer.planning import memory, shape, speed
 from student_trainer.planning.asked import load_of, micro_batch_tokens, per_device, step_of
-from student_trainer.planning.memory import USABLE, Bytes, Load, parts_of
+from student_trainer.planning.memory import USABLE, Bytes, Engine, Load, parts_of
 from student_trainer.planning.shape import Shape
 from student_trainer.planning.text import human, listed
 from student_trainer.student import load_tokenizer
@@ -44,8 +44,8 @@ def plan(config: TrainConfig) -> list[str]:
     needs = build(config.loss).needs(next(iter(config.all_teachers.values())).top_k)
     tokens = micro_batch_tokens(config, longest, world)
     load = load_of(
-        config, needs, tokens=tokens, prompt=lengths.prompt, longest=longest, width=student.width, on_gpu=True,
-        world=world,
+        config, needs, tokens=tokens, prompt=lengths.prompt, longest=longest, width=student.width,
+        gpu_bytes=int(wanted.device_memory_gib * GIB), world=world,
     )  # fmt: skip
     rates = (
         f", {wanted.peak_tflops:g} TFLOP/s and {wanted.memory_bandwidth_gb_s:g} GB/s each" if _has_speed(config) else ""
@@ -94,7 +94,9 @@ def _cure(config: TrainConfig, student: Shape, load: Load, fitting: list[str]) -
         phase, size = memory.peak(memory.phases(student, load, parts_of(strategy, world), world))
         if size <= room:
             break
-        if phase == "sample" and load.decoded > 1:
+        if phase == "sample" and load.engine and (smaller := _smaller(load.engine, student, load)):
+            load = dataclasses.replace(load, engine=smaller)
+        elif phase == "sample" and load.decoded > 1:
             load = dataclasses.replace(load, decoded=load.decoded // 2)
         elif phase == "learn" and load.tokens // 2 >= max(MIN_TOKENS, load.longest):
             load = dataclasses.replace(load, tokens=load.tokens // 2)
@@ -104,9 +106,22 @@ def _cure(config: TrainConfig, student: Shape, load: Load, fitting: list[str]) -
         "student.gradient_checkpointing=true": load.gradient_checkpointing != before.gradient_checkpointing,
         f"train.micro_batch_tokens={load.tokens}": load.tokens != before.tokens,
         f"rollout.batch_sequences={load.decoded}": load.decoded != before.decoded,
+        f"rollout.vllm.kv_cache_gib={_cache_gib(load):g}": load.engine != before.engine,
         f"train.strategy={strategy}": world > 1 and strategy != config.train.strategy,
     }
     return f"{' '.join(change for change, is_made in changes.items() if is_made)} fits"
+
+
+def _smaller(engine: Engine, student: Shape, load: Load) -> Engine | None:
+    """With half the cache, if that still holds a sequence."""
+    half = engine.holds(load.arithmetic_bytes * student.parameters)["engine's cache"] // 2
+    one = load.longest * memory.cache_bytes(student, 2 * load.arithmetic_bytes)
+    return Engine(half, 0) if half >= one else None
+
+
+def _cache_gib(load: Load) -> float:
+    """In hundredths, rounded down: what fits is told."""
+    return load.engine.cache_bytes * 100 // GIB / 100 if load.engine else 0.0
 
 
 def _teacher_line(config: TrainConfig, teacher: Shape, named: str, longest: int, needs: Needs) -> str:

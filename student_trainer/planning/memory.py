@@ -28,6 +28,17 @@ Bytes = dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Engine:
+    """vLLM's in the trainer's process, with weights of its own. On a GPU it sleeps while the student learns."""
+
+    cache_bytes: int  # 0: what the weights leave of most_bytes
+    most_bytes: int
+
+    def holds(self, weights: int) -> Bytes:
+        return {"engine's weights": weights, "engine's cache": self.cache_bytes or max(0, self.most_bytes - weights)}
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What a step asks of one device."""
 
@@ -45,6 +56,7 @@ class Load:
     offloaded: bool  # weights, gradients and state wait on the host (fsdp2)
     on_gpu: bool
     samples_meanwhile: bool = False  # from a copy of the weights, while the student learns (train.schedule async)
+    engine: Engine | None = None  # samples, where the trainer's own weights don't
 
 
 def parts_of(strategy: str, world: int) -> tuple[int, int, int]:
@@ -88,18 +100,26 @@ def phases(shape: Shape, load: Load, parts: tuple[int, int, int], world: int) ->
         "learn": {**held, **own, **learning},
         "update": {**held, **own, "temporaries": max(sum_of_ranks, per_update)},
     }
-    if load.decoded:
-        sampling = {
-            "gathered": FLOAT32 * shape.parameters if is_cut else 0,
-            "cache": load.decoded * load.longest * cache_bytes(shape, sampling_pair(shape, load.arithmetic_bytes)),
-            "prompts": one_forward(shape, prompt_tokens(shape, load), load.arithmetic_bytes),
-            "logits": SAMPLING_COPIES * FLOAT32 * load.decoded * shape.width,
-        }
-        found["sample"] = {**held, **sampling}
+    stays: Bytes = {}
+    if load.decoded or load.engine:
+        engine = load.engine.holds(load.arithmetic_bytes * shape.parameters) if load.engine else {}
+        sampling = {"gathered": FLOAT32 * shape.parameters if is_cut else 0, **(engine or _decoding(shape, load))}
         if load.samples_meanwhile:
-            sampling |= {"copied weights": FLOAT32 * shape.trained, "logits of sampling": sampling.pop("logits")}
-            found = {name: {**sampling, **parts} for name, parts in found.items() if name != "sample"}
+            stays = {**sampling, "copied weights": FLOAT32 * shape.trained}
+        else:
+            found["sample"] = {**held, **sampling}
+            stays = {} if load.on_gpu else engine
+    found = {name: {**stays, **parts} for name, parts in found.items()}
     return {name: {k: v for k, v in held.items() if v} for name, held in found.items()}
+
+
+def _decoding(shape: Shape, load: Load) -> Bytes:
+    """What the embedded engine holds while it samples."""
+    return {
+        "cache": load.decoded * load.longest * cache_bytes(shape, sampling_pair(shape, load.arithmetic_bytes)),
+        "prompts": one_forward(shape, prompt_tokens(shape, load), load.arithmetic_bytes),
+        "logits of sampling": SAMPLING_COPIES * FLOAT32 * load.decoded * shape.width,
+    }
 
 
 def peak(found: dict[str, Bytes]) -> tuple[str, int]:

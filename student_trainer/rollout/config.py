@@ -11,6 +11,7 @@ from student_trainer.rollout.calls import check_options, function_of
 from teacher_api.settings import Section
 
 EngineName = Literal["torch", "vllm", "vllm-server"]
+CPU_CACHE_GIB = 1.0
 
 
 class VllmConfig(Section):

@@ -15,7 +15,7 @@ from student_trainer.config import TrainConfig
 from student_trainer.forms import lora
 from student_trainer.rollout import handover
 from student_trainer.rollout.base import ByPlace, RolloutError
-from student_trainer.rollout.config import VllmConfig
+from student_trainer.rollout.config import CPU_CACHE_GIB, VllmConfig
 from student_trainer.rollout.vllm_engine import EngineError, VllmEngine, one_line, refuse_unfit_for_vllm
 from student_trainer.rollout.vllm_side import worker as side
 from student_trainer.student import Student
@@ -25,7 +25,6 @@ WHOSE = "rollout.engine"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Of adapters, that vLLM has room for."""
 ADAPTER, ADAPTER_NAME = 1, "student"
-CPU_CACHE_GIB = 1.0
 OURS = frozenset(
     {
         "model", "dtype", "seed", "load_format", "runner", "tokenizer", "skip_tokenizer_init", "enable_lora",

@@ -27,6 +27,7 @@ from student_trainer.planning import asked, machine, memory, shape, speed
 from student_trainer.planning.calibrate import calibrate
 from student_trainer.planning.config import PlanConfig
 from student_trainer.planning.shape import Shape
+from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.engines import make_torch
 from student_trainer.student import load
 from student_trainer.train import learn
@@ -145,14 +146,35 @@ def test_sampling_meanwhile_holds_a_copy_of_the_weights_and_its_cache_while_lear
     apart = memory.phases(model, load, (1, 1, 1), 1)
     both = memory.phases(model, dataclasses.replace(load, samples_meanwhile=True), (1, 1, 1), 1)
     assert both["learn"]["copied weights"] == 4 * sum(p.numel() for p in run.student.model.parameters())
-    sampling = sum(apart["sample"][k] for k in ("cache", "prompts", "logits"))
+    sampling = sum(apart["sample"][k] for k in ("cache", "prompts", "logits of sampling"))
     more = both["learn"]["copied weights"] + sampling
     assert sum(both["learn"].values()) == sum(apart["learn"].values()) + more
     assert "sample" not in both
 
 
+def test_an_engine_of_vllm_has_weights_and_a_cache_of_its_own() -> None:
+    """By hand: float32, on a CPU for ever, on a GPU while it samples; servers take nothing here."""
+    run = run_of(64)
+    model = Shape.of(run.student.model, run.student.parts)
+    num, gib = sum(p.numel() for p in run.student.model.parameters()), 2**30
+
+    def planned(gpu_gib: int, **rollout: Any) -> dict[str, memory.Bytes]:
+        run.config = run.config.model_copy(update={"rollout": RolloutConfig(**rollout)})
+        asking = {"tokens": 1600, "prompt": 100, "longest": 200, "width": 2000, "world": 1}
+        load = asked.load_of(run.config, run.needs, gpu_bytes=gpu_gib * gib, **asking)
+        return memory.phases(model, load, (1, 1, 1), 1)
+
+    on_cpu = planned(0, engine="vllm", vllm={"kv_cache_gib": 3})
+    for phase in ("learn", "update", "sample"):
+        assert (on_cpu[phase]["engine's weights"], on_cpu[phase]["engine's cache"]) == (4 * num, 3 * gib)
+    on_gpu = planned(80, engine="vllm", vllm={"gpu_memory_utilization": 0.25})
+    assert on_gpu["sample"]["engine's weights"] + on_gpu["sample"]["engine's cache"] == 20 * gib
+    assert "engine's cache" not in on_gpu["learn"]
+    assert set(planned(80, engine="vllm-server", server={"urls": "http://a:1"})) == {"learn", "update"}
+
+
 def load_of(run: Any) -> memory.Load:
-    return asked.load_of(run.config, run.needs, tokens=1600, prompt=100, longest=200, width=2000, on_gpu=False, world=1)
+    return asked.load_of(run.config, run.needs, tokens=1600, prompt=100, longest=200, width=2000, gpu_bytes=0, world=1)
 
 
 def test_the_cache_is_that_of_transformers() -> None:
@@ -308,12 +330,18 @@ def test_a_large_student_is_planned_without_its_weights(files, capsys) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: far less than its weights
 
 
-def test_what_is_proposed_as_a_cure_fits(files, capsys) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [([], ""), (["rollout.engine=vllm", "rollout.vllm.gpu_memory_utilization=0.6"], "rollout.vllm.kv_cache_gib=")],
+)
+def test_what_is_proposed_as_a_cure_fits(files, capsys, sampling, expected) -> None:
     options = ["plan.devices=2", "rollout.max_new_tokens=1024", "train.batch_size=16", "plan.device_memory_gib=120"]
+    options += sampling
     assert command(described(files, *options)) == 0
     (cure,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cure")]
     changes = [word for word in cure.split() if "=" in word]
     assert "student.gradient_checkpointing=true" in changes
+    assert expected in cure
     assert command(described(files, *options, *changes)) == 0
     told = capsys.readouterr().out
     assert "cure" not in told
