@@ -252,6 +252,29 @@ def test_a_run_loses_nothing_in_ten_kills(
     drill(place, fleet, teacher, tmp_path, kills)
 
 
+def test_steps_are_sampled_ahead_while_others_are_learned_from(
+    place: Path, fleet: list[RolloutServer], teacher: TeacherProcess, tmp_path: Path
+) -> None:
+    """Weights come from a copy, while the trained ones move on."""
+    log, records = tmp_path / "run.log", tmp_path / "records.jsonl"
+    teacher.wait()
+    steps, stale = 8, 2
+    argv = arguments(
+        tmp_path / "run", place / "student", place / "prompts.txt", teacher.url, f"--steps={steps}",
+        "rollout.engine=vllm-server", f"rollout.server.urls={[server.url for server in fleet]}",
+        f"train.batch_size={BATCH}", "train.reference=false", "train.schedule=async", f"train.max_staleness={stale}",
+        "checkpoint.save_every=0",
+    )  # fmt: skip
+    assert finish(recording_trainer(argv, log, records), log, timeout_s=600) == 0, log.read_text()
+    used = recorded(records)
+    assert Counter(line["uid"] for line in used) == Counter(range(steps * BATCH))
+    assert all(line["step"] - stale <= version <= line["step"] for line in used for version in line["versions"])
+    assert any(version < line["step"] for line in used for version in line["versions"]), "nothing was sampled ahead"
+    lines = [line for line in metrics(tmp_path / "run") if "handover_gap" in line]
+    assert len(lines) == steps
+    assert max(line["handover_gap"] for line in lines) <= TOLERANCE
+
+
 def test_all_servers_gone_is_a_checkpoint_and_exit_code_75(
     place: Path, fleet: list[RolloutServer], teacher: TeacherProcess, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ forwards of the trainer's weights as they are after each update; whole runs with
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import time
@@ -14,11 +15,12 @@ from typing import Any
 import llvmlite.binding  # noqa: F401  # vLLM must start where numba was used
 import numpy as np
 import pytest
+import talking
 import torch
 from onestep import bare_run
 from pydantic import ValidationError
 from tinymodels import save_tiny
-from training import PROMPTS, arguments, assert_same_bits, finish, teacher, trainer, weights
+from training import DEEPSPEED, PROMPTS, arguments, assert_same_bits, finish, ranks, teacher, trainer, weights
 
 from student_trainer import cli, evaluation
 from student_trainer import student as students
@@ -291,7 +293,7 @@ def test_whole_runs_measure_and_correct_the_mismatch_and_resume_bit_for_bit(chec
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
 def test_each_of_two_ranks_has_an_engine_of_its_own(strategy: str, checkpoints, tmp_path: Path):
     """Whole weights are handed over where ranks hold parts of them; the result is that of one process."""
     save_tiny(tmp_path / "teacher", scale=3.0, seed=5)
@@ -299,16 +301,51 @@ def test_each_of_two_ranks_has_an_engine_of_its_own(strategy: str, checkpoints, 
     data.write_text("\n".join(PROMPTS))
     options = ["rollout.engine=vllm", "rollout.vllm={enforce_eager: true, kv_cache_gib: 0.25}", "--steps=4"]
     with teacher(tmp_path / "served", tmp_path / "teacher") as served:
-        for folder, more in (("alone", []), ("ranks", ["train.num_processes=2", f"train.strategy={strategy}"])):
+        for folder, world, more in (
+            ("alone", 1, []),
+            ("ranks", 2, ["train.num_processes=0", f"train.strategy={strategy}"]),
+        ):
             argv = arguments(tmp_path / folder, checkpoints["tied"], data, served.url, *options, *more)
             log = tmp_path / f"{folder}.log"
-            assert finish(trainer(argv, log), log, timeout_s=400.0) == 0, log.read_text()
+            for process in ranks(argv, world, log, PYTHONPATH=str(DEEPSPEED)):
+                assert finish(process, log, timeout_s=400.0) == 0, log.read_text()
     first, second = (weights(tmp_path / folder / "final") for folder in ("alone", "ranks"))
     apart = sum(float((first[n] - second[n]).double().square().sum()) for n in first)
     assert apart < 1e-10 * sum(float(w.double().square().sum()) for w in first.values())
     lines = read_metrics(tmp_path / "ranks" / "metrics.jsonl")
     assert len(lines) == 4
     assert all(0.0 < line["handover_gap"] < 1e-4 for line in lines)
+
+
+@pytest.mark.long
+def test_it_holds_the_conversations_that_the_embedded_engine_holds(tmp_path: Path):
+    """Both draw a sample's tokens by the same numbers."""
+    talking.save_student(tmp_path / "teacher", scale=3.0, seed=5, max_position_embeddings=256)
+    model = talking.save_student(tmp_path / "student", scale=3.0, max_position_embeddings=256, **HEADS)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    options = [
+        "rollout.environment=talking:scripted", "rollout.max_total_tokens=110",
+        f"rollout.stop_token_ids={list(talking.STOPS)}",
+    ]  # fmt: skip
+    engine = ["rollout.engine=vllm", "rollout.vllm={enforce_eager: true, kv_cache_gib: 0.25}"]
+    sampled = ("turns", "environment_tokens", "completion_tokens", "finished")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    with teacher(tmp_path / "served", tmp_path / "teacher") as served:
+        for folder, more in (
+            ("embedded", ["--steps=2"]),
+            ("vllm", [*engine, "--steps=2"]),
+        ):
+            argv = arguments(tmp_path / folder, model, data, served.url, *options, *more)
+            log = tmp_path / f"{folder}.log"
+            assert finish(trainer(argv, log), log, timeout_s=400.0) == 0, log.read_text()
+            lines[folder] = [line for line in read_metrics(tmp_path / folder / "metrics.jsonl") if "turns" in line]
+    assert [[line[name] for name in sampled] for line in lines["vllm"][:1]] == [
+        [line[name] for name in sampled] for line in lines["embedded"][:1]
+    ]
+    assert lines["vllm"][0]["loss"] == pytest.approx(lines["embedded"][0]["loss"], rel=1e-4)
+    assert all(line["turns"] > 1.5 for line in lines["vllm"])
+    assert all(0.0 < line["handover_gap"] < 1e-4 for line in lines["vllm"])
 
 
 class RecordingEngine:
