@@ -1,14 +1,16 @@
-"""The way of finished samples to their teachers. A sample leaves at once where its teacher has a request free; of those
-that have to wait, the one that is learned from next leaves first, and takes others with it, those of its prompt before
-all. What a teacher says of a sample does not depend on it.
+"""The way of finished samples to their teachers. A full request leaves at once where its teacher may have one more; one
+that is not full leaves while fewer than PARTIAL such are in flight: a teacher always has work, and a slower one gets it
+in larger pieces. Of samples that wait, the one that is learned from next leaves first, and takes others with it, those
+of its prompt before all. What a teacher says of a sample does not depend on it.
 
 Nothing here waits in the caller's thread, and no lock of Python's is shared with it: a signal may end it anywhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -54,13 +56,23 @@ class Sent:
     arrivals: SimpleQueue[Event]
 
 
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    was_full: bool
+
+
+_News = Sent | _Answered | None  # None: closed
+PARTIAL = 2
+"""One that the teacher works on, and one that waits for it there."""
+
+
 class Feed:
     """Carries samples of any number of steps, oldest first."""
 
     def __init__(self, panel: Asker, timeline: Timeline) -> None:
         self._panel = panel
         self._timeline = timeline
-        self._queues: dict[str, SimpleQueue[Sent | None]] = {name: SimpleQueue() for name in panel.widths()}
+        self._queues: dict[str, SimpleQueue[_News]] = {name: SimpleQueue() for name in panel.widths()}
         for name, (width, most) in panel.widths().items():
             threading.Thread(target=self._deliver, args=(name, width, most), name=f"feed-{name}", daemon=True).start()
 
@@ -79,22 +91,28 @@ class Feed:
             queue.put(None)
 
     def _deliver(self, name: str, width: int, most: int) -> None:
-        free = threading.Semaphore(width)
-        waiting: list[Sent] = []
+        queue, waiting = self._queues[name], list[Sent]()
+        in_flight = {True: 0, False: 0}  # full ones, others
         while True:
-            free.acquire()
-            if not waiting:
-                first = self._queues[name].get()
-                if first is None:
+            for news in _news(queue):
+                if news is None:
                     return
-                waiting.append(first)
-            if _drain(self._queues[name], waiting):
-                return
-            request = _request(waiting, most)
-            # Its own thread: a pool's would be waited for when the interpreter ends, whatever they wait for.
-            threading.Thread(target=self._ask, args=(name, request, free.release), daemon=True).start()
+                if isinstance(news, Sent):
+                    waiting.append(news)
+                else:
+                    in_flight[news.was_full] -= 1
+            while waiting and sum(in_flight.values()) < width:
+                request = _request(waiting, most)
+                is_full = len(request) == most
+                if not is_full and in_flight[False] >= PARTIAL:
+                    break
+                chosen = {id(sent) for sent in request}
+                waiting = [sent for sent in waiting if id(sent) not in chosen]
+                in_flight[is_full] += 1
+                # Its own thread: a pool's would be waited for when the interpreter ends, whatever they wait for.
+                threading.Thread(target=self._ask, args=(name, request, _Answered(is_full)), daemon=True).start()
 
-    def _ask(self, name: str, request: list[Sent], done: Callable[[], None]) -> None:
+    def _ask(self, name: str, request: list[Sent], news: _Answered) -> None:
         first, rollouts = request[0], [sent.rollout for sent in request]
         try:
             with self._timeline.span("score", first.step, samples=len(rollouts), teacher=name):
@@ -103,29 +121,22 @@ class Feed:
         except BaseException as error:  # carried to the thread that waits
             first.arrivals.put(error)
         finally:
-            done()
+            self._queues[name].put(news)
 
 
-def _drain(queue: SimpleQueue[Sent | None], waiting: list[Sent]) -> bool:
-    """Takes what is there already; whether that was the end."""
-    while True:
-        try:
-            sent = queue.get_nowait()
-        except Empty:
-            return False
-        if sent is None:
-            return True
-        waiting.append(sent)
+def _news(queue: SimpleQueue[_News]) -> list[_News]:
+    """What is there already; waits for the first."""
+    found = [queue.get()]
+    with contextlib.suppress(Empty):
+        while True:
+            found.append(queue.get_nowait())
+    return found
 
 
-def _request(waiting: list[Sent], most: int) -> list[Sent]:
-    """Takes the next request out of those that wait: the first in order of step and number, others of its step and
-    prompt, and then whoever is next of that step."""
-    waiting.sort(key=lambda sent: (sent.step, sent.rollout.uid))
-    first = waiting[0]
-    like = [s for s in waiting if s.step == first.step and s.rollout.prompt.index == first.rollout.prompt.index]
-    others = [s for s in waiting if s.step == first.step and s.rollout.prompt.index != first.rollout.prompt.index]
-    request = [*like, *others][:most]
-    chosen = {id(sent) for sent in request}
-    waiting[:] = [sent for sent in waiting if id(sent) not in chosen]
-    return request
+def _request(waiting: Sequence[Sent], most: int) -> list[Sent]:
+    """The next request out of those that wait: the first in order of step and number, others of its step and prompt,
+    and then whoever is next of that step."""
+    first, *rest = sorted(waiting, key=lambda sent: (sent.step, sent.rollout.uid))
+    like = [s for s in rest if s.step == first.step and s.rollout.prompt.index == first.rollout.prompt.index]
+    others = [s for s in rest if s.step == first.step and s.rollout.prompt.index != first.rollout.prompt.index]
+    return [first, *like, *others][:most]

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,32 @@ def test_a_trace_is_in_the_trace_event_format(tmp_path: Path) -> None:
 
 
 # -- there and back
+
+
+def test_full_requests_leave_at_once_and_others_while_two_are_in_flight_together() -> None:
+    gate, timeline = Gate(width=4, most=3), Timeline()
+    feed = Feed(gate, timeline)
+    arrivals = Arrivals(0, range(9), feed, timeline)
+    arrivals.send([rollout(0)])
+    gate.until_asked(1)
+    arrivals.send([rollout(1)])
+    gate.until_asked(2)
+    arrivals.send([rollout(2), rollout(3)])
+    time.sleep(0.2)
+    assert gate.asked == [[0], [1]]
+    arrivals.send([rollout(4), rollout(5)])
+    gate.until_asked(3)
+    assert gate.asked[2] == [2, 3, 4]
+    arrivals.send([rollout(6), rollout(7), rollout(8)])
+    gate.until_asked(4)
+    assert gate.asked[3] == [5, 6, 7]
+    assert len(gate.asked) == 4, "8 waits for 0 or 1"
+    gate.let(1)
+    gate.until_asked(5)
+    gate.let(*range(9))
+    assert [s.rollout.uid for s in arrivals.all()] == list(range(9))
+    feed.close()
+    assert gate.asked[4:] == [[8]]
 
 
 def test_samples_leave_at_once_and_those_that_wait_leave_together() -> None:
