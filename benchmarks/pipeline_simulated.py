@@ -223,11 +223,6 @@ def utilisation(ratio: str, kind: str) -> float:
     return float(work.max() / sum(taken))
 
 
-def is_tied(ratio: str) -> bool:
-    """Whether there is no one slowest part."""
-    return RATIOS[ratio].count(max(RATIOS[ratio])) > 1
-
-
 def simulated() -> dict[str, float]:
     """`strict_vs_bound`, `utilisation_async` and what belongs to them."""
     points = [(ratio, kind) for ratio in RATIOS for kind in LENGTHS]
@@ -243,8 +238,7 @@ def simulated() -> dict[str, float]:
         "strict_vs_bound": max(p["bound"] for p in strict),
         "strict_vs_any_order": max(p["any_order"] for p in strict),
         "sequential_vs_strict": statistics.median(p["sequential"] for p in strict),
-        "utilisation_async": min(share for (ratio, _), share in zip(points, used, strict=True) if not is_tied(ratio)),
-        "utilisation_async_tied": min(share for (ratio, _), share in zip(points, used, strict=True) if is_tied(ratio)),
+        "utilisation_async": min(used),
     }
 
 
