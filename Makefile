@@ -90,7 +90,7 @@ check: setup-test ## format, lint, types, import direction, generated code, pinn
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python requirements/pin.py --check
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not vllm and not long" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not vllm and not long" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 quickstart: setup ## distil a small student from a small teacher, end to end, on this machine
 	$(OFFLINE) $(BIN)/python -m examples.quickstart

@@ -250,6 +250,7 @@ def peak_above_answer(num_rows: int, width: int, options: ScoreOptions, candidat
     return int(held.max()) - answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["token", "top-k", "all", "everything"])
 def test_memory_beside_inputs_and_answer_grows_neither_with_rows_nor_with_the_vocabulary(case: str) -> None:
     """The bound of docs/operations.md: one chunk of logits, here 4 MiB, and six slices of 1 MiB. From two chunks on

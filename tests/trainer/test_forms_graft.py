@@ -217,6 +217,7 @@ def test_frozen_grafts_keep_the_teachers_weights(samples, tmp_path) -> None:  # 
 # -- checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("student", "donor", "layers"), PAIRS, ids=NAMES)
 def test_a_checkpoint_says_what_is_in_it(student, donor, layers, tmp_path) -> None:
     """Neither the student's first checkpoint nor the layers' own model is there any more."""

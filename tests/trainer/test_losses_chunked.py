@@ -126,6 +126,7 @@ def assert_close(got, wanted, tolerance=1e-5):
 SETTINGS = {"forward_kl": {"tail": "renormalise"}, "policy_gradient": {"kl_discount": 0.9, "center": "group"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", losses.names())
 @pytest.mark.parametrize("weighting", ["token", "sequence"])
 @pytest.mark.parametrize("top_k", [4, "all"])

@@ -378,6 +378,7 @@ def third_step_peak(name: str, soft_cap: float | None, num: int, chunk_rows: int
     return peak - 4 * (hidden_size * (width + num) + chunk_rows * width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "soft_cap"), [("reverse_kl", None), ("jsd", 3.0), ("policy_gradient", None)])
 def test_memory_is_the_gradients_and_a_chunk_whatever_the_number_of_rows(name, soft_cap, monkeypatch):
     """All logits would be 8 and 24 times the chunk of 500 kB. A memory test must run at least three steps."""

@@ -299,6 +299,7 @@ def test_the_docs_show_the_tables() -> None:
     assert cli.tables() in DOCS.read_text()
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     output = tmp_path / "ours.yaml"
     code = "from student_trainer.migrate.cli import main; main()"

@@ -120,6 +120,7 @@ def test_the_whole_mixture_is_the_weighted_sum_of_the_distributions(urls: dict[s
     teachers.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["teacher", "union", "student"])
 @pytest.mark.parametrize("value_type", ["float32", "float16"])
 def test_on_a_support_every_id_and_the_tail_are_the_mixtures(support: str, value_type: str, urls: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -135,6 +136,9 @@ def test_the_first_dead_teacher_ends_the_call_with_its_name() -> None:
     never.set()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:coroutine 'connect_tcp:RuntimeWarning"
+)  # anyio's own, where it is cut off in between
 def test_a_client_that_is_closed_ends_the_thread_that_waits_for_it() -> None:
     """A stop leaves threads behind: they must end with the clients, or the process would not."""
     with serving(backend="fake", fake_latency_s=2.0) as server:
@@ -154,6 +158,7 @@ def test_a_client_that_is_closed_ends_the_thread_that_waits_for_it() -> None:
         for thread in left:
             thread.join(20)
             assert not thread.is_alive()
+    gc.collect()
 
 
 # -- what is measured
