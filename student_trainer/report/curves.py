@@ -63,7 +63,7 @@ def ticks(low: float, high: float, *, log: bool = False, wanted: int = 5) -> lis
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
+    return [min(max(number * step, low), high) for number in range(first, last + 1)]  # the product is rounded
 
 
 def label(value: float, *, share: bool = False) -> str:
