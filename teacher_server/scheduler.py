@@ -17,8 +17,10 @@ from typing import Protocol
 import structlog
 
 from teacher_api.errors import BackendFailed, DeadlineExceeded, InvalidBackendOutput, TeacherError
+from teacher_api.tracing import Tracing
 from teacher_api.types import Scores
 from teacher_server.backends.base import BatchPolicy, ScoreJob, ScoringBackend
+from teacher_server.forwards import UNMARKED, Forwards, Mark
 
 log = structlog.get_logger("teacher_server.scheduler")
 
@@ -32,6 +34,7 @@ RATE_HALF_LIFE = 0.8  # weight of the past in the moving average of tokens per s
 class Entry:
     job: ScoreJob
     future: asyncio.Future[Result]
+    mark: Mark = UNMARKED
 
 
 class JobQueue(Protocol):
@@ -95,8 +98,11 @@ def _company(head: Entry, others: Iterable[Entry], policy: BatchPolicy) -> list[
 
 
 class Scheduler:
-    def __init__(self, backend: ScoringBackend, queue: JobQueue | None = None) -> None:
+    def __init__(
+        self, backend: ScoringBackend, queue: JobQueue | None = None, forwards: Forwards | None = None
+    ) -> None:
         self._backend = backend
+        self._forwards = Forwards(Tracing()) if forwards is None else forwards
         self._queue: JobQueue = FifoQueue() if queue is None else queue
         self._arrived = asyncio.Event()
         self._slots = asyncio.Semaphore(backend.policy.max_concurrent_batches)
@@ -110,7 +116,7 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         if not len(self._queue) and not self._running:
             self._progress_at = time.monotonic()
-        entry = Entry(job, loop.create_future())
+        entry = Entry(job, loop.create_future(), self._forwards.queued())
         timer = loop.call_at(deadline, _expire, entry)
 
         def done(_: asyncio.Future[Result]) -> None:
@@ -143,12 +149,14 @@ class Scheduler:
                     self._slots.release()
 
     async def _run_batch(self, batch: list[Entry]) -> None:
-        started = time.monotonic()
+        started, tokens = time.monotonic(), sum(entry.job.num_tokens for entry in batch)
+        self._forwards.began()
         try:
             await self._score(batch)
         finally:
             self._progress_at = time.monotonic()
-            of_this = sum(entry.job.num_tokens for entry in batch) / max(self._progress_at - started, 1e-6)
+            self._forwards.ended([entry.mark for entry in batch], started, tokens)
+            of_this = tokens / max(self._progress_at - started, 1e-6)
             rate = of_this * self._running  # those beside it are as fast, more or less
             self._running -= 1
             self._slots.release()

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from teacher_api.errors import DeadlineExceeded, Overloaded, TeacherError, TooLarge, Unavailable, unknown_teacher
+from teacher_api.tracing import Tracing
 from teacher_api.types import ScoreOptions, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Admission, Cost, Receiving
@@ -24,6 +25,7 @@ from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.backends.generation import Generator
 from teacher_server.config import ServerConfig
 from teacher_server.counts import Counts
+from teacher_server.forwards import Forwards
 from teacher_server.head_share import (
     HeadAccess,
     HeadFile,
@@ -59,8 +61,10 @@ class Answer:
 
 
 class TeacherService:
-    def __init__(self, config: ServerConfig, lifecycle: Lifecycle) -> None:
+    def __init__(self, config: ServerConfig, lifecycle: Lifecycle, tracing: Tracing | None = None) -> None:
         self.config = config
+        self.tracing = tracing or Tracing()
+        self.forwards = Forwards(self.tracing)
         self.lifecycle = lifecycle
         self._infos: dict[str, TeacherInfo] = {}  # by teacher, the base's under ""; empty while the model loads
         self._scheduler: Scheduler | None = None
@@ -72,12 +76,14 @@ class TeacherService:
         self._head_file: HeadFile | None = None
         self.admission = Admission(config.queue_tokens, config.queue_bytes, self._tokens_per_s)
         self.receiving = Receiving(config.receiving_bytes)
-        lifecycle.watch_work(self._idle_s, lambda: self.admission.share)
+        lifecycle.watch_work(lambda: self.idle_s, lambda: self.admission.share)
 
     def _tokens_per_s(self) -> float:
         return self._scheduler.tokens_per_s if self._scheduler else 0.0
 
-    def _idle_s(self) -> float:
+    @property
+    def idle_s(self) -> float:
+        """Seconds for which work has waited without a forward having finished."""
         return self._scheduler.idle_s if self._scheduler else 0.0
 
     async def serve(self, backend: ScoringBackend, facts: ModelFacts) -> None:
@@ -95,7 +101,7 @@ class TeacherService:
                 f"queue_tokens {self.config.queue_tokens} is below the model's longest sequence of "
                 f"{info.max_sequence_tokens} tokens; raise queue_tokens or lower max_sequence_tokens"
             )
-        self._scheduler = scheduler = Scheduler(backend)
+        self._scheduler = scheduler = Scheduler(backend, forwards=self.forwards)
         self._backend = backend
         tasks = [asyncio.create_task(scheduler.run())]
         scratch = tempfile.TemporaryDirectory(prefix="teacher-head-") if self.config.share_head != "none" else None

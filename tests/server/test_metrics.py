@@ -126,8 +126,11 @@ def test_every_outcome_of_the_table_is_there_and_no_other(server: Server) -> Non
         outcomes = {dict(labels)["outcome"] for got, labels in samples if got == name}
         assert outcomes == {"ok", *KINDS}
     with pytest.raises(ValueError, match="outcome 'nonsense'; expected one of ok, invalid_request"):
-        Counts().sequences.end("nonsense")
-    with pytest.raises(ValueError, match="transport 'ftp'; expected one of grpc, http"), Counts().request("ftp"):
+        Counts().all.sequences.end("nonsense")
+    with (
+        pytest.raises(ValueError, match="transport 'ftp', method 'other'; expected one of grpc: score"),
+        Counts().request("ftp"),
+    ):
         pass
 
 
