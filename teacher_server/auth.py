@@ -1,4 +1,5 @@
-"""Who may call: a bearer key compared in constant time. One object for both transports; keys are never logged."""
+"""Who may call, and as which tenant: a bearer key compared in constant time. One object for both transports; keys are
+never logged."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import hmac
 from collections.abc import Sequence
 
 from teacher_api.errors import Unauthenticated
+from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 
 SCHEME = "bearer "
@@ -24,10 +26,10 @@ class KeyRing:
         keys = (*config.api_keys, *config.head_keys) if config.api_keys else ()
         return cls([key.get_secret_value() for key in keys])
 
-    def check(self, authorization: str | None) -> None:
-        """Raises Unauthenticated unless `authorization` is `Bearer <one of the keys>`, or no keys are set."""
+    def check(self, authorization: str | None) -> Caller:
+        """Whose `authorization` is: `Bearer <one of the keys>`. Without keys, everybody's. Raises Unauthenticated."""
         if not self._digests:
-            return
+            return Caller(is_admin=True)  # there is nobody else to see
         sent = authorization or ""
         key = sent[len(SCHEME) :].strip() if sent[: len(SCHEME)].lower() == SCHEME else ""
         digest = hashlib.sha256(key.encode()).digest()
@@ -35,3 +37,4 @@ class KeyRing:
         if not key or not any(matches):
             what = "the key is not known here" if key else "no key was sent"
             raise Unauthenticated(f"{what}; expected the header `authorization: Bearer <key>`", field="authorization")
+        return Caller()

@@ -30,6 +30,7 @@ from teacher_api.types import ScoreOptions, Scores, TeacherInfo
 from teacher_server.admission import Admission, Cost
 from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.generation import Generated, GenerationJob, Generator
+from teacher_server.caller import Caller
 from teacher_server.service import TeacherService
 from teacher_server.validation import answer_bytes
 
@@ -58,7 +59,7 @@ class Writer:
 
     @contextlib.asynccontextmanager
     async def written(
-        self, jobs: Sequence[GenerationJob], options: ScoreOptions | None
+        self, jobs: Sequence[GenerationJob], options: ScoreOptions | None, caller: Caller
     ) -> AsyncIterator[list[Written]]:
         """Writes all jobs, in order. Their budget is held until the block ends, which is when the answer has been
         delivered.
@@ -80,14 +81,19 @@ class Writer:
             held.callback(self._admission.give, cost)
             self._service.admission.take(cost)
             held.callback(self._service.admission.give, cost)
-            yield await self._all(generator, jobs, options, info)
+            yield await self._all(generator, jobs, options, info, caller)
 
     async def _all(
-        self, generator: Generator, jobs: Sequence[GenerationJob], options: ScoreOptions | None, info: TeacherInfo
+        self,
+        generator: Generator,
+        jobs: Sequence[GenerationJob],
+        options: ScoreOptions | None,
+        info: TeacherInfo,
+        caller: Caller,
     ) -> list[Written]:
         timeout_s = self._service.config.default_timeout_s
         deadline = asyncio.get_running_loop().time() + timeout_s
-        tasks = [asyncio.create_task(self._one(generator, job, options, info, deadline)) for job in jobs]
+        tasks = [asyncio.create_task(self._one(generator, job, options, info, deadline, caller)) for job in jobs]
         try:
             async with asyncio.timeout_at(deadline):
                 return list(await asyncio.gather(*tasks))
@@ -101,13 +107,19 @@ class Writer:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(
-        self, generator: Generator, job: GenerationJob, options: ScoreOptions | None, info: TeacherInfo, deadline: float
+        self,
+        generator: Generator,
+        job: GenerationJob,
+        options: ScoreOptions | None,
+        info: TeacherInfo,
+        deadline: float,
+        caller: Caller,
     ) -> Written:
         async with self._places:
             generated = _checked(job, await _generated(generator, job), info)
         if options is None:
             return Written(generated, None)
-        scores = await self._service.run_one(_scoring_of(job, generated, options), deadline)
+        scores = await self._service.run_one(_scoring_of(job, generated, options), deadline, caller)
         if isinstance(scores, TeacherError):
             raise scores
         return Written(generated, scores)

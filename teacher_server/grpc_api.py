@@ -26,6 +26,7 @@ from teacher_api.errors import InternalError, InvalidRequest, TeacherError, TooL
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server.answers import FRAME_BYTES, encoded, streamed_frames
 from teacher_server.auth import KeyRing
+from teacher_server.caller import Caller
 from teacher_server.counts import Counts, Outcome
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
@@ -57,7 +58,7 @@ class GrpcServer:
         self._lifecycle = lifecycle
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self._server.add_generic_rpc_handlers((_handlers(service),))
+        self._server.add_generic_rpc_handlers((_handlers(service, keys),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -92,7 +93,7 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
+def _handlers(service: TeacherService, keys: KeyRing) -> grpc.GenericRpcHandler:
     async def get_info(request: bytes, context: Any) -> Any:
         async def work(_: str) -> bytes:
             try:
@@ -104,11 +105,17 @@ def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
         return await _answered(context, service.counts, work)
 
     async def score(request: bytes, context: Any) -> None:
-        await _answered(context, service.counts, lambda request_id: _score(service, request, request_id, context))
+        await _answered(
+            context,
+            service.counts,
+            lambda request_id: _score(service, request, _caller(keys, context), request_id, context),
+        )
 
     async def score_stream(requests: AsyncIterator[bytes], context: Any) -> None:
         await _answered(
-            context, service.counts, lambda request_id: _score_stream(service, requests, request_id, context)
+            context,
+            service.counts,
+            lambda request_id: _score_stream(service, requests, _caller(keys, context), request_id, context),
         )
 
     async def get_head(request: bytes, context: Any) -> None:
@@ -124,11 +131,16 @@ def _handlers(service: TeacherService) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
-async def _score(service: TeacherService, data: bytes, request_id: str, context: Any) -> None:
+def _caller(keys: KeyRing, context: Any) -> Caller:
+    metadata = dict(context.invocation_metadata() or ())
+    return keys.check(metadata.get("authorization")).from_headers(metadata)
+
+
+async def _score(service: TeacherService, data: bytes, caller: Caller, request_id: str, context: Any) -> None:
     service.open_info()  # before the message is read
     decoded = await _decoded(data, service)
     fingerprint = service.open_info(decoded.request.teacher).fingerprint
-    async with service.scored(decoded, transport_s=context.time_remaining()) as answers:
+    async with service.scored(decoded, caller, transport_s=context.time_remaining()) as answers:
         message = await encoded(answers, fingerprint, request_id, decoded.compression)
         del answers  # what is being sent is held once
         pieces = math.ceil(len(message) / FRAME_BYTES)
@@ -137,7 +149,9 @@ async def _score(service: TeacherService, data: bytes, request_id: str, context:
             await context.write(message)
 
 
-async def _score_stream(service: TeacherService, requests: AsyncIterator[bytes], request_id: str, context: Any) -> None:
+async def _score_stream(
+    service: TeacherService, requests: AsyncIterator[bytes], caller: Caller, request_id: str, context: Any
+) -> None:
     service.open_info()
     asked: dict[str, compression.Compression] = {}  # of the completions that are not answered yet
 
@@ -147,7 +161,7 @@ async def _score_stream(service: TeacherService, requests: AsyncIterator[bytes],
             asked.update(dict.fromkeys(request.ids, request.compression))
             yield request
 
-    session = StreamSession(service, decoded(), context.time_remaining())
+    session = StreamSession(service, decoded(), caller, context.time_remaining())
     async with session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
             allowed = asked.pop(answer.completion_id)

@@ -32,9 +32,10 @@ from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server import json_models, openai_api
 from teacher_server.answers import FRAME_BYTES, encoded, streamed_frames
 from teacher_server.auth import KeyRing
+from teacher_server.caller import Caller
 from teacher_server.counts import OK, Counts, Outcome
 from teacher_server.http_coding import accepts_zstd, coded, coded_pieces, coding_headers
-from teacher_server.http_requests import JSON, PROTOBUF, content_type, id_of, received, unless_gone
+from teacher_server.http_requests import JSON, PROTOBUF, caller_of, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames, Whole
 from teacher_server.openai_errors import openai_error, speaks_openai
 from teacher_server.openapi import describe
@@ -64,7 +65,8 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         kind, decoded = await _received(request, service, (PROTOBUF, JSON))
         async with contextlib.AsyncExitStack() as hold:
             zstd = accepts_zstd(request)
-            content = await unless_gone(request, coded(_scored(service, decoded, id_of(request), kind, hold), zstd))
+            scored = _scored(service, decoded, caller_of(request), id_of(request), kind, hold)
+            content = await unless_gone(request, coded(scored, zstd))
             return Whole(content, kind, hold.pop_all(), service.config.answer_idle_s, coding_headers(zstd))
 
     @app.post("/v1/score/stream", summary="The same as length-delimited protobuf frames, for large answers")
@@ -72,10 +74,11 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         _, decoded = await _received(request, service, (PROTOBUF,))
         service.refuse_stream_if_full()
         info = service.open_info(decoded.request.teacher)
+        caller = caller_of(request).named(decoded.request.metadata)
         jobs_of(decoded, info)  # what is wrong with the whole request is a status, not a frame
         zstd = accepts_zstd(request)
         return Frames(
-            coded_pieces(_frames(service, decoded, id_of(request)), zstd),
+            coded_pieces(_frames(service, decoded, caller, id_of(request)), zstd),
             service.config.answer_idle_s,
             media_type="application/octet-stream",
             headers=coding_headers(zstd),
@@ -102,24 +105,30 @@ def _add_head(app: FastAPI, service: TeacherService) -> None:
 
 
 async def _scored(
-    service: TeacherService, decoded: wire.DecodedRequest, request_id: str, kind: str, hold: contextlib.AsyncExitStack
+    service: TeacherService,
+    decoded: wire.DecodedRequest,
+    caller: Caller,
+    request_id: str,
+    kind: str,
+    hold: contextlib.AsyncExitStack,
 ) -> bytes:
     """The body of the answer. What it counts as is given back when `hold` is closed."""
     fingerprint = service.open_info(decoded.request.teacher).fingerprint
     max_bytes = json_models.MAX_JSON_ANSWER_BYTES if kind == JSON else None
-    answers = await hold.enter_async_context(service.scored(decoded, max_bytes=max_bytes))
+    answers = await hold.enter_async_context(service.scored(decoded, caller, max_bytes=max_bytes))
     if kind == JSON:
         return json_models.response_to_json(answers, fingerprint, request_id)
     return await encoded(answers, fingerprint, request_id, decoded.compression)
 
 
 async def _frames(
-    service: TeacherService, decoded: wire.DecodedRequest, request_id: str
+    service: TeacherService, decoded: wire.DecodedRequest, caller: Caller, request_id: str
 ) -> AsyncGenerator[bytes, None]:
     async def once() -> AsyncIterator[wire.DecodedRequest]:
         yield decoded
 
-    async with StreamSession(service, once(), None) as session, contextlib.aclosing(session.answers()) as answers:
+    session = StreamSession(service, once(), caller, None)
+    async with session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
             async for frame in streamed_frames(answer, request_id, decoded.compression):
                 data = frame.SerializeToString()
@@ -213,7 +222,7 @@ class _Envelope:
             request_id = request_id_of(headers.get(REQUEST_ID_HEADER))
             scope["request_id"] = request_id
             with structlog.contextvars.bound_contextvars(request_id=request_id):
-                self._keys.check(headers.get("authorization"))
+                scope["caller"] = self._keys.check(headers.get("authorization")).from_headers(headers)
                 await self._app(scope, receive, with_id)
         except TeacherError as error:
             outcome.name = error.kind

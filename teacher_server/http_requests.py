@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from teacher_api.errors import Cancelled, InvalidRequest, TooLarge
+from teacher_server.caller import Caller
 from teacher_server.http_coding import without_coding
 from teacher_server.service import TeacherService
 
@@ -48,6 +49,11 @@ def content_type(request: Request, *kinds: str) -> str:
 
 def id_of(request: Request) -> str:
     return str(request.scope["request_id"])
+
+
+def caller_of(request: Request) -> Caller:
+    caller: Caller = request.scope["caller"]
+    return caller
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -18,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from teacher_api.errors import InvalidRequest, TeacherError, Unsupported
 from teacher_api.types import Completion, IntArray, ScoreOptions, ScoreRequest, Scores, TeacherInfo
+from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.generation import Writer
-from teacher_server.http_requests import JSON, content_type, id_of, received, unless_gone
+from teacher_server.http_requests import JSON, caller_of, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames
 from teacher_server.openai_answer import Answer, Scored
 from teacher_server.openai_generation import GenerationRequest, generation_from_json
@@ -53,7 +54,8 @@ def add_routes(app: FastAPI, service: TeacherService) -> None:
         teacher = teacher_of(asked, service.open_info())
         answer_id = _answer_id(request, asked)
         async with contextlib.AsyncExitStack() as hold:
-            answer = await unless_gone(request, _answered(service, writer, lazy, asked, teacher, answer_id, hold))
+            work = _answered(service, writer, lazy, asked, teacher, caller_of(request), answer_id, hold)
+            answer = await unless_gone(request, work)
             return _Held(_sent(answer.pieces()), service.config.answer_idle_s, hold.pop_all())
 
     @app.get("/v1/models", summary="The served models, in OpenAI's form: the base and its adapters")
@@ -98,6 +100,7 @@ async def _answered(
     lazy: LazyTexts,
     asked: CompletionRequest,
     teacher: str,
+    caller: Caller,
     answer_id: str,
     hold: contextlib.AsyncExitStack,
 ) -> Answer:
@@ -115,7 +118,7 @@ async def _answered(
         for job in jobs_of(decoded, info):  # nothing is scored where one prompt can't be
             if isinstance(job, TeacherError):
                 raise job
-        for answer in await hold.enter_async_context(service.scored(decoded)):
+        for answer in await hold.enter_async_context(service.scored(decoded, caller)):
             if isinstance(answer.result, TeacherError):
                 raise answer.result
             scores[answer.completion_id] = answer.result
@@ -123,7 +126,7 @@ async def _answered(
     scored = [Scored(ids, text, scores.get(str(n)), has_rows) for n, (ids, text) in enumerate(prompts)]
     if asked.writes:
         assert isinstance(asked, GenerationRequest), "no other writes"
-        return await written_answer(writer, asked, scored, texts, info, answer_id, created, hold)
+        return await written_answer(writer, asked, scored, texts, info, caller, answer_id, created, hold)
     return Answer(asked, scored, texts, info, answer_id, created)
 
 

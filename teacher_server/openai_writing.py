@@ -16,6 +16,7 @@ import numpy as np
 from teacher_api.errors import Unsupported
 from teacher_api.types import ScoreOptions, Scores, TeacherInfo
 from teacher_server.backends.generation import GenerationJob
+from teacher_server.caller import Caller
 from teacher_server.generation import Writer, Written
 from teacher_server.openai_answer import SLAB_ENTRIES, Answer, Entries, Scored
 from teacher_server.openai_generation import GenerationRequest, check_writing
@@ -113,6 +114,7 @@ async def written_answer(
     prompts: Sequence[Scored],
     texts: Texts,
     info: TeacherInfo,
+    caller: Caller,
     answer_id: str,
     created: int,
     hold: contextlib.AsyncExitStack,
@@ -136,7 +138,7 @@ async def written_answer(
         for n, (prompt, index) in enumerate(places)
     ]
     options = None if asked.logprobs is None else _options(asked.logprobs, asked, info)
-    written = await hold.enter_async_context(writer.written(jobs, options))
+    written = await hold.enter_async_context(writer.written(jobs, options, caller))
 
     def choices() -> list[WrittenChoice]:
         grown: list[GrowingText | None] = [*growing] or [None] * len(jobs)

@@ -20,6 +20,7 @@ from teacher_api.errors import BackendFailed, DeadlineExceeded, InvalidBackendOu
 from teacher_api.tracing import Tracing
 from teacher_api.types import Scores
 from teacher_server.backends.base import BatchPolicy, ScoreJob, ScoringBackend
+from teacher_server.caller import Caller
 from teacher_server.forwards import UNMARKED, Forwards, Mark
 
 log = structlog.get_logger("teacher_server.scheduler")
@@ -30,10 +31,15 @@ MAX_PADDING = 0.25  # share of a batch's padded tokens that may be padding
 RATE_HALF_LIFE = 0.8  # weight of the past in the moving average of tokens per second
 
 
+OWN = Caller()
+"""Whose the server's own checks are."""
+
+
 @dataclass(eq=False, slots=True)
 class Entry:
     job: ScoreJob
     future: asyncio.Future[Result]
+    caller: Caller = OWN
     mark: Mark = UNMARKED
 
 
@@ -110,13 +116,13 @@ class Scheduler:
         self._progress_at = time.monotonic()
         self.tokens_per_s = 0.0
 
-    def submit(self, job: ScoreJob, deadline: float) -> asyncio.Future[Result]:
+    def submit(self, job: ScoreJob, deadline: float, caller: Caller = OWN) -> asyncio.Future[Result]:
         """Queues `job`; its future gets the scores or a typed error, at the latest at `deadline` (event-loop time).
         Cancelling the future takes the job out of the queue."""
         loop = asyncio.get_running_loop()
         if not len(self._queue) and not self._running:
             self._progress_at = time.monotonic()
-        entry = Entry(job, loop.create_future(), self._forwards.queued())
+        entry = Entry(job, loop.create_future(), caller, self._forwards.queued())
         timer = loop.call_at(deadline, _expire, entry)
 
         def done(_: asyncio.Future[Result]) -> None:

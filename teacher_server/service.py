@@ -23,6 +23,7 @@ from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Admission, Cost, Receiving
 from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.backends.generation import Generator
+from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.counts import Counts
 from teacher_server.forwards import Forwards
@@ -211,12 +212,18 @@ class TeacherService:
 
     @contextlib.asynccontextmanager
     async def scored(
-        self, decoded: DecodedRequest, *, transport_s: float | None = None, max_bytes: int | None = None
+        self,
+        decoded: DecodedRequest,
+        caller: Caller,
+        *,
+        transport_s: float | None = None,
+        max_bytes: int | None = None,
     ) -> AsyncIterator[list[Answer]]:
         """Scores one request whole: one answer per completion, in order. Its budget is held until the block ends,
         which is when the answer has been delivered.
 
         Args:
+            caller: whoever has the key; the request says for which of its experiments.
             transport_s: time that the transport's own deadline leaves; None: it has none.
             max_bytes: largest answer of this way in, where it takes less than `max_response_bytes`.
 
@@ -226,6 +233,7 @@ class TeacherService:
                 full or not ready, or the deadline passed.
         """
         info = self.open_info(decoded.request.teacher)
+        caller = caller.named(decoded.request.metadata)
         jobs = jobs_of(decoded, info)
         good = [job for job in jobs if isinstance(job, ScoreJob)]
         if not good:
@@ -242,24 +250,24 @@ class TeacherService:
         cost = Cost(sum(job.num_tokens for job in good), sum(sizes))
         self.admission.take(cost)
         try:
-            results = iter(await self._counted(jobs, good, deadline))
+            results = iter(await self._counted(jobs, good, deadline, caller))
             yield _paired(decoded.ids, jobs, results, info.fingerprint)  # not kept here while they are sent
         finally:
             self.admission.give(cost)
 
     async def _counted(
-        self, jobs: Sequence[ScoreJob | TeacherError], good: Sequence[ScoreJob], deadline: float
+        self, jobs: Sequence[ScoreJob | TeacherError], good: Sequence[ScoreJob], deadline: float, caller: Caller
     ) -> list[Scores | TeacherError]:
         for job in jobs:
             if isinstance(job, TeacherError):
                 self.counts.refused(job)
         with self.counts.scoring(len(good)) as done:
-            done.extend(await self._run(good, deadline))
+            done.extend(await self._run(good, deadline, caller))
         return done
 
-    async def _run(self, jobs: Sequence[ScoreJob], deadline: float) -> list[Scores | TeacherError]:
+    async def _run(self, jobs: Sequence[ScoreJob], deadline: float, caller: Caller) -> list[Scores | TeacherError]:
         assert self._scheduler is not None, "ready without a scheduler"
-        futures = [self._scheduler.submit(job, deadline) for job in jobs]
+        futures = [self._scheduler.submit(job, deadline, caller) for job in jobs]
         try:
             results = [await future for future in futures]
         finally:
@@ -270,11 +278,11 @@ class TeacherService:
             raise late
         return [self._checked(job, result) for job, result in zip(jobs, results, strict=True)]
 
-    async def run_one(self, job: ScoreJob, deadline: float) -> Scores | TeacherError:
+    async def run_one(self, job: ScoreJob, deadline: float, caller: Caller) -> Scores | TeacherError:
         """Scores one admitted job; for the stream. Cancelling the call takes it out of the queue."""
         assert self._scheduler is not None, "ready without a scheduler"
         with self.counts.scoring(1) as done:
-            done.append(self._checked(job, await self._scheduler.submit(job, deadline)))
+            done.append(self._checked(job, await self._scheduler.submit(job, deadline, caller)))
         return done[0]
 
     def _checked(self, job: ScoreJob, result: Scores | TeacherError) -> Scores | TeacherError:

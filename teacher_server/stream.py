@@ -13,6 +13,7 @@ from teacher_api.types import Scores
 from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Cost
 from teacher_server.backends.base import ScoreJob
+from teacher_server.caller import Caller
 from teacher_server.service import Answer, TeacherService
 from teacher_server.validation import answer_bytes, jobs_of
 
@@ -42,8 +43,15 @@ class StreamSession:
     An answer's budget is held until the next one is asked for, that is, until the transport has let go of it.
     """
 
-    def __init__(self, service: TeacherService, requests: AsyncIterator[DecodedRequest], transport_s: float | None):
+    def __init__(
+        self,
+        service: TeacherService,
+        requests: AsyncIterator[DecodedRequest],
+        caller: Caller,
+        transport_s: float | None,
+    ) -> None:
         self._service = service
+        self._caller = caller
         self._requests = requests
         self._transport_s = transport_s
         self._started = asyncio.get_running_loop().time()
@@ -123,8 +131,9 @@ class StreamSession:
         service = self._service
         info = service.open_info()
         self._remember(decoded.ids)
-        deadline = service.deadline(decoded.request, self._remaining_s())
+        deadline, caller = service.deadline(decoded.request, self._remaining_s()), self._caller
         try:
+            caller = self._caller.named(decoded.request.metadata)
             info = service.info_of(decoded.request.teacher)
             jobs = jobs_of(decoded, info)
         except TeacherError as refused:  # of this message only: the stream goes on
@@ -136,13 +145,14 @@ class StreamSession:
             if isinstance(job, TeacherError):
                 self._refuse(name, job, None, info.fingerprint)
                 continue
-            await self._start(job, Cost(job.num_tokens, answer_bytes(job, info)), deadline, info.fingerprint)
+            cost = Cost(job.num_tokens, answer_bytes(job, info))
+            await self._start(job, cost, deadline, caller, info.fingerprint)
 
     def _refuse(self, name: str, error: TeacherError, job: ScoreJob | None, fingerprint: str) -> None:
         self._service.counts.refused(error)
         self._answers.put_nowait((Answer(name, error, job, fingerprint), None))
 
-    async def _start(self, job: ScoreJob, cost: Cost, deadline: float, fingerprint: str) -> None:
+    async def _start(self, job: ScoreJob, cost: Cost, deadline: float, caller: Caller, fingerprint: str) -> None:
         granted = False
         try:
             if cost.num_bytes > self._service.config.max_completion_bytes:
@@ -162,7 +172,7 @@ class StreamSession:
             self._let_go(None)
             raise
         if granted:
-            task = asyncio.create_task(self._service.run_one(job, deadline))
+            task = asyncio.create_task(self._service.run_one(job, deadline, caller))
             self._tasks.add(task)
             task.add_done_callback(lambda task: self._scored(task, job, cost, fingerprint))
 

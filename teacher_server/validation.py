@@ -18,7 +18,7 @@ from teacher_api.types import (
     TeacherInfo,
     scored_positions,
 )
-from teacher_api.wire import MAX_ID_CHARS, MAX_METADATA_CHARS, DecodedRequest, check_candidates
+from teacher_api.wire import MAX_ID_CHARS, DecodedRequest, check_candidates
 from teacher_server.backends.base import ScoreJob
 
 TEMPERATURES = (1e-3, 1e3)  # outside, float32 logits divided by it overflow or vanish
@@ -64,9 +64,6 @@ def _check_shared(request: ScoreRequest, num_completions: int, info: TeacherInfo
         raise InvalidRequest("no completions; expected at least one", field="completions")
     if num_completions > info.max_completions:
         raise TooLarge(f"{num_completions} completions; expected at most {info.max_completions}", field="completions")
-    for name in ("tenant", "experiment", "run"):
-        if len(getattr(request.metadata, name)) > MAX_METADATA_CHARS:
-            raise InvalidRequest(f"longer than {MAX_METADATA_CHARS} characters", field=f"metadata.{name}")
     if request.timeout_s is not None and not (math.isfinite(request.timeout_s) and request.timeout_s > 0):
         raise InvalidRequest(f"got {request.timeout_s}; expected a finite number > 0", field="timeout_s")
     _check_options(request.options, info)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError, TooLarge, Unsupported
 from teacher_api.types import (
-    CallMetadata,
     Candidates,
     Completion,
     ScoreOptions,
@@ -74,7 +73,6 @@ WHOLE = [
     (dataclasses.replace(with_options(), expect_fingerprint="other"), FingerprintMismatch, "expect_fingerprint"),
     (dataclasses.replace(with_options(), timeout_s=0.0), InvalidRequest, "timeout_s"),
     (dataclasses.replace(with_options(), timeout_s=math.nan), InvalidRequest, "timeout_s"),
-    (dataclasses.replace(with_options(), metadata=CallMetadata(run="x" * 129)), InvalidRequest, "metadata.run"),
 ]
 
 
