@@ -13,15 +13,15 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import uvicorn
-
 from teacher_server.config import ServerConfig
-from teacher_server.front import Front
+from teacher_server.front import Front, Probes
+from teacher_server.http_server import HttpServer
 from teacher_server.lifecycle import Lifecycle
+from teacher_server.tls import Tls
 
 if TYPE_CHECKING:
     from teacher_api.types import TeacherInfo
@@ -84,12 +84,13 @@ class App:
         self._config = config
         self._create = create or _create
         self._tell = announce or self._print_ready
-        self.lifecycle = Lifecycle(stall_s=config.stall_s, high_water=config.high_water)
+        self.lifecycle = Lifecycle(stall_s=config.stall_s, hang_s=config.hang_s, high_water=config.high_water)
         self._front = Front(self.lifecycle)
         self._backend: ScoringBackend | None = None
         self._grpc: GrpcServer | None = None
         self._metrics: MetricsServer | None = None
-        self._http_url = ""
+        self._tls: Tls | None = None
+        self._http_url = self._probe_url = ""
         self._ended_well = False  # all calls ended before the grace did, so that the engine is idle
 
     async def run(self) -> None:
@@ -98,24 +99,15 @@ class App:
             path = Path(self._config.announce_file)
             if path.is_dir() or not path.parent.is_dir():
                 raise StartError(f"announce_file {str(path)!r}: expected a file in a directory that exists")
-        listener = _listen(self._config.host, self._config.http_port)
-        self._http_url = _url("http", self._config.host, listener.getsockname()[1])
-        http = _HttpServer(
-            uvicorn.Config(
-                self._front,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                server_header=False,
-                timeout_graceful_shutdown=self._config.grace_s,  # type: ignore[arg-type]  # any number of seconds
-            )
-        )
-        serving_http = asyncio.create_task(http.serve(sockets=[listener]))
+        http = self._http_server()
+        serving_http = asyncio.create_task(http.serve())
+        probing = asyncio.create_task(self._answer_probes())
         serving = asyncio.create_task(self._serve())
         draining = asyncio.create_task(self.lifecycle.drain.wait())
         try:
             await asyncio.wait({serving, draining, serving_http}, return_when=asyncio.FIRST_COMPLETED)
+            if probing.done():
+                probing.result()
             if serving.done():
                 serving.result()
                 raise StartError("the scheduler ended by itself; this is a bug")
@@ -124,13 +116,42 @@ class App:
             http.should_exit = http.force_exit = True
             serving.cancel()
             draining.cancel()
-            ending: set[asyncio.Task[Any]] = {serving, serving_http}
+            probing.cancel()
+            ending: set[asyncio.Task[Any]] = {serving, serving_http, probing}
             if self._metrics is not None:
                 ending.add(asyncio.create_task(asyncio.to_thread(self._metrics.close)))
             if self._grpc is not None:  # a start that failed; after a drain it has been stopped already
                 ending.add(asyncio.create_task(self._grpc.stop(0)))
             await asyncio.wait(ending, timeout=QUICK_S)
             await self._close_backend()
+
+    def _http_server(self) -> HttpServer:
+        try:
+            self._tls = Tls.of(self._config)
+        except ValueError as error:
+            raise StartError(str(error)) from None
+        listener = _listen(self._config.host, self._config.http_port)
+        scheme = "http" if self._tls is None else "https"
+        self._http_url = _url(scheme, self._config.host, listener.getsockname()[1])
+        return HttpServer(
+            self._front,
+            listener,
+            header_s=self._config.header_s,
+            grace_s=self._config.grace_s,
+            tls=self._tls.context if self._tls else None,
+        )
+
+    async def _answer_probes(self) -> None:
+        """On their own port, where there is one, to the very end."""
+        if self._config.probe_port is None:
+            return
+        listener = _listen(self._config.host, self._config.probe_port)
+        self._probe_url = _url("http", self._config.host, listener.getsockname()[1])
+        server = HttpServer(Probes(self.lifecycle), listener, header_s=self._config.header_s, grace_s=0)
+        try:
+            await server.serve()
+        finally:
+            server.close()
 
     async def _serve(self) -> None:
         """Opens gRPC, loads the model, and feeds the engine until cancelled."""
@@ -147,7 +168,7 @@ class App:
 
                 self._metrics = MetricsServer(core, self._config.metrics_host, self._config.metrics_port)
             self._front.inner = http_api.build(core, keys)
-            self._grpc = grpc_api.GrpcServer(core, self.lifecycle, keys)
+            self._grpc = grpc_api.GrpcServer(core, self.lifecycle, keys, self._tls)
             await self._grpc.start(self._config.host, self._config.grpc_port)
             announcing = asyncio.create_task(self._announce(core))
             try:
@@ -182,7 +203,7 @@ class App:
         assert self._grpc is not None, "ready without gRPC"
         info: TeacherInfo = core.info
         ready = {
-            "grpc_url": _url("grpc", self._config.host, self._grpc.port),
+            "grpc_url": _url("grpc" if self._tls is None else "grpcs", self._config.host, self._grpc.port),
             "http_url": self._http_url,
             "model": info.model_name,
             "fingerprint": info.fingerprint,
@@ -190,6 +211,8 @@ class App:
         }
         if self._metrics is not None:
             ready["metrics_url"] = _url("http", self._config.metrics_host, self._metrics.port) + "/metrics"
+        if self._probe_url:
+            ready["probe_url"] = self._probe_url
         self._tell(ready)
 
     def _print_ready(self, ready: dict[str, Any]) -> None:
@@ -202,7 +225,7 @@ class App:
         line = "ready {grpc_url} {http_url} model={model} fingerprint={fingerprint}".format_map(ready)
         print(line + (f" metrics={ready['metrics_url']}" if "metrics_url" in ready else ""), flush=True)
 
-    async def _drain(self, http: uvicorn.Server, serving_http: asyncio.Task[None]) -> bool:
+    async def _drain(self, http: HttpServer, serving_http: asyncio.Task[None]) -> bool:
         """The probes say no already. Serve on for a while, then stop both transports under one grace. True when
         nothing had to be cut off."""
         quick = asyncio.create_task(self.lifecycle.quick_exit.wait())
@@ -270,13 +293,6 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=body, daemon=True, name="load").start()
     return await future
-
-
-class _HttpServer(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves the signals to Lifecycle: draining comes before stopping."""
-        yield
 
 
 def _listen(host: str, port: int) -> socket.socket:

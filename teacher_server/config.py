@@ -137,8 +137,13 @@ class ServerConfig(Section):
     """Streams open at a time; each holds one message and `stream_sequences` sequences."""
     default_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     """Deadline of a call whose caller names none."""
-    body_idle_s: float = Field(default=10.0, gt=0, le=3600)
+    header_s: float = Field(default=8.0, gt=0, le=3600)
+    """A connection whose handshake, or whose HTTP headers, are not complete after this long is closed."""
+    body_idle_s: float = Field(default=8.0, gt=0, le=3600)
     """A request body that sends nothing for this long is given up."""
+    body_bytes_per_s: int = Field(default=MIB // 4, ge=1)
+    """So is one that, after `body_idle_s`, has come more slowly than this on the whole. (gRPC, which knows only whole
+    messages: a first one that has not come when one of `max_request_bytes` would have.)"""
     answer_idle_s: float = Field(default=60.0, gt=0, le=3600)
     """A call whose caller takes nothing of its answer for this long is given up: the answer counts as in work until
     it has left. (gRPC's unary call: this long for each MiB of it.)"""
@@ -162,6 +167,15 @@ class ServerConfig(Section):
     """Port of Prometheus metrics, at /metrics; 0: a free one, printed when ready; none: there are no metrics."""
     metrics_host: str = "127.0.0.1"
     """Address of the metrics port, which asks for no key: whoever reaches it sees model and load."""
+    probe_port: int | None = Field(default=None, ge=0, le=65535)
+    """A further port that answers the probes alone, without TLS and without a key, on `host`; 0: a free one. For probes
+    that have no certificate where callers need one."""
+    tls_cert: str = ""
+    """PEM file with this server's certificate and those between it and its root; both ports speak TLS then."""
+    tls_key: str = ""
+    """PEM file with its key, without a password."""
+    tls_client_ca: str = ""
+    """PEM file with the roots of which a caller must have a certificate (mTLS); empty: callers need none."""
     api_keys: tuple[SecretStr, ...] = ()
     """Keys of which a caller must send one as `authorization: Bearer …`; none: everybody may call. Better given as
     TEACHER_API_KEYS or in a file than on the command line, where other users of the machine can read them."""
@@ -180,6 +194,9 @@ class ServerConfig(Section):
     """Then: time for the calls in flight to end before they are cut."""
     stall_s: float = Field(default=300.0, gt=0, le=86400)
     """/livez fails when work waits and no forward has finished for this long."""
+    hang_s: float = Field(default=8.0, gt=0, le=86400)
+    """/readyz says no when work waits and no forward has finished for this long, nor for three times as long as the
+    longest of late took; or for `stall_s`, where that is less."""
     high_water: float = Field(default=0.9, gt=0, le=1)
     """/readyz says no while more than this share of `queue_tokens` or `queue_bytes` is taken."""
     log_format: Literal["auto", "console", "json"] = "auto"
@@ -251,6 +268,10 @@ class ServerConfig(Section):
             )
         if self.share_head != "none" and self.control != "none":
             raise ValueError(f"share_head has no meaning for control {self.control}: its scores come from no head")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key go together; expected both of them, or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca has no meaning without tls_cert")
         if "metrics_host" in self.model_fields_set and self.metrics_port is None:
             raise ValueError("metrics_host has no meaning without metrics_port")
         if self.reference and self.backend == "vllm":

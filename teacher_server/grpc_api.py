@@ -32,18 +32,20 @@ from teacher_server.lifecycle import Lifecycle
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
 from teacher_server.service import TeacherService
 from teacher_server.stream import StreamSession, taken_within
+from teacher_server.tls import Tls
 
 log = structlog.get_logger("teacher_server.grpc")
 SERVICE: str = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 DOMAIN = "teacher.v1"  # of the ErrorInfo that carries our error kinds
 STATUS_KEY = "grpc-status-details-bin"
+KEEPALIVE_MS = 20_000
 OVERSIZE_ROOM_BYTES = 1 << 20  # gRPC's own limit lies this far above twice ours, so that a refusal is ours
 
 
 class GrpcServer:
     """`await start()`, then `port`; `await stop(grace_s)`."""
 
-    def __init__(self, service: TeacherService, lifecycle: Lifecycle, keys: KeyRing) -> None:
+    def __init__(self, service: TeacherService, lifecycle: Lifecycle, keys: KeyRing, tls: Tls | None = None) -> None:
         limit = 2 * service.config.max_request_bytes + OVERSIZE_ROOM_BYTES
         self._server = grpc.aio.server(
             interceptors=[_KeyCheck(keys, service.counts)],
@@ -52,8 +54,12 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", -1),  # bounded by max_response_bytes, before anything is scored
                 ("grpc.so_reuseport", 0),
+                ("grpc.server_handshake_timeout_ms", int(service.config.header_s * 1000)),
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),  # a caller that vanished without a word is noticed
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
             ],
         )
+        self._tls = tls
         self._health = health.aio.HealthServicer()
         self._lifecycle = lifecycle
         self._tasks: set[asyncio.Task[None]] = set()
@@ -68,7 +74,10 @@ class GrpcServer:
         """Raises ValueError when the port can't be had."""
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            if self._tls is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, _credentials(self._tls))
         except RuntimeError:
             raise ValueError(f"cannot listen for gRPC on {address}: the address is in use or not ours") from None
         await self._publish()
@@ -93,22 +102,27 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
+def _credentials(tls: Tls) -> grpc.ServerCredentials:
+    pair, client_ca = [(tls.key, tls.certificate)], tls.client_ca or None
+    return grpc.ssl_server_credentials(pair, client_ca, require_client_auth=client_ca is not None)
+
+
 def _handlers(service: TeacherService, keys: KeyRing) -> grpc.GenericRpcHandler:
-    async def get_info(request: bytes, context: Any) -> Any:
-        async def work(_: str) -> bytes:
+    async def get_info(requests: AsyncIterator[bytes], context: Any) -> Any:
+        async def work(_: str) -> None:
             try:
-                asked = pb.GetInfoRequest.FromString(request)
+                asked = pb.GetInfoRequest.FromString(await _only(requests, service))
             except DecodeError:
                 raise InvalidRequest("the message is not a teacher.v1.GetInfoRequest") from None
-            return info_api.to_proto(service.info_of(asked.teacher)).SerializeToString()
+            await context.write(info_api.to_proto(service.info_of(asked.teacher)).SerializeToString())
 
         return await _answered(context, service.counts, work)
 
-    async def score(request: bytes, context: Any) -> None:
+    async def score(requests: AsyncIterator[bytes], context: Any) -> None:
         await _answered(
             context,
             service.counts,
-            lambda request_id: _score(service, request, _caller(keys, context), request_id, context),
+            lambda request_id: _score(service, requests, _caller(keys, context), request_id, context),
         )
 
     async def score_stream(requests: AsyncIterator[bytes], context: Any) -> None:
@@ -118,14 +132,15 @@ def _handlers(service: TeacherService, keys: KeyRing) -> grpc.GenericRpcHandler:
             lambda request_id: _score_stream(service, requests, _caller(keys, context), request_id, context),
         )
 
-    async def get_head(request: bytes, context: Any) -> None:
-        await _answered(context, service.counts, lambda _: _get_head(service, request, context))
+    async def get_head(requests: AsyncIterator[bytes], context: Any) -> None:
+        await _answered(context, service.counts, lambda _: _get_head(service, requests, context))
 
     methods = {
-        "GetInfo": grpc.unary_unary_rpc_method_handler(get_info),
-        # Of one answer, written by ourselves: one that is returned may lie unread for ever and counts as sent.
-        "Score": grpc.unary_stream_rpc_method_handler(score),
-        "GetHead": grpc.unary_stream_rpc_method_handler(get_head),
+        # Of one message, read by ourselves, for gRPC would wait for its end for ever; and of one answer, written by
+        # ourselves: one that is returned may lie unread for ever and counts as sent. The wire is the contract's.
+        "GetInfo": grpc.stream_stream_rpc_method_handler(get_info),
+        "Score": grpc.stream_stream_rpc_method_handler(score),
+        "GetHead": grpc.stream_stream_rpc_method_handler(get_head),
         "ScoreStream": grpc.stream_stream_rpc_method_handler(score_stream),
     }
     return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -136,9 +151,24 @@ def _caller(keys: KeyRing, context: Any) -> Caller:
     return keys.check(metadata.get("authorization")).from_headers(metadata)
 
 
-async def _score(service: TeacherService, data: bytes, caller: Caller, request_id: str, context: Any) -> None:
+async def _only(requests: AsyncIterator[bytes], service: TeacherService) -> bytes:
+    """The one message of a call. Raises InvalidRequest when it does not come in time."""
+    config = service.config
+    limit_s = config.body_idle_s + config.max_request_bytes / config.body_bytes_per_s
+    try:
+        async with asyncio.timeout(limit_s):
+            async for data in requests:
+                return data
+    except TimeoutError:
+        raise InvalidRequest(f"the message had not come whole after {limit_s:.3g} s") from None
+    raise InvalidRequest("the call ended without a message")
+
+
+async def _score(
+    service: TeacherService, requests: AsyncIterator[bytes], caller: Caller, request_id: str, context: Any
+) -> None:
     service.open_info()  # before the message is read
-    decoded = await _decoded(data, service)
+    decoded = await _decoded(await _only(requests, service), service)
     fingerprint = service.open_info(decoded.request.teacher).fingerprint
     async with service.scored(decoded, caller, transport_s=context.time_remaining()) as answers:
         message = await encoded(answers, fingerprint, request_id, decoded.compression)
@@ -170,9 +200,9 @@ async def _score_stream(
                     await context.write(frame.SerializeToString())
 
 
-async def _get_head(service: TeacherService, data: bytes, context: Any) -> None:
+async def _get_head(service: TeacherService, requests: AsyncIterator[bytes], context: Any) -> None:
     try:
-        expected = pb.GetHeadRequest.FromString(data).expect_fingerprint
+        expected = pb.GetHeadRequest.FromString(await _only(requests, service)).expect_fingerprint
     except DecodeError:
         raise InvalidRequest("the message is not a teacher.v1.GetHeadRequest") from None
     authorization = dict(context.invocation_metadata() or ()).get("authorization")

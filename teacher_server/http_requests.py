@@ -14,6 +14,7 @@ from starlette.types import Receive
 
 from teacher_api.errors import Cancelled, InvalidRequest, TooLarge
 from teacher_server.caller import Caller
+from teacher_server.config import ServerConfig
 from teacher_server.http_coding import without_coding
 from teacher_server.service import TeacherService
 
@@ -35,7 +36,7 @@ async def received(request: Request, service: TeacherService, max_bytes: int | N
     if announced > limit:
         raise _too_large(limit)
     with service.receiving.body(announced) as came:
-        body = await _body(request, limit, service.config.body_idle_s, came)
+        body = await _body(request, limit, service.config, came)
         yield await without_coding(request, body, limit, came)
 
 
@@ -76,11 +77,15 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _body(request: Request, limit: int, idle_s: float, came: Callable[[int], None]) -> bytes:
+async def _body(request: Request, limit: int, config: ServerConfig, came: Callable[[int], None]) -> bytes:
     chunks: list[bytes] = []
     size = 0
     stream = request.stream()
+    now, idle_s = asyncio.get_running_loop().time, config.body_idle_s
+    started = now()
     while True:
+        if now() - started > idle_s + size / config.body_bytes_per_s:
+            raise InvalidRequest(f"the body came at less than {config.body_bytes_per_s} bytes per second")
         try:
             async with asyncio.timeout(idle_s):
                 chunk = await anext(stream, None)

@@ -163,9 +163,14 @@ class TeacherService:
             self.open_streams -= 1
 
     async def _watch_engine(self, backend: ScoringBackend) -> None:
-        """Tells the probes of an engine that died. It is asked, for no work comes to a server that is not ready."""
+        """Tells the probes of an engine that died or hangs. It is asked, for no work comes to a server that is not
+        ready."""
         while True:
-            self.lifecycle.engine_is(backend.is_up())
+            if not backend.is_up():
+                trouble = "restarting: the engine died and is being started again"
+            else:
+                trouble = "hanging: a process of the engine was stopped" if backend.is_frozen() else ""
+            self.lifecycle.engine_is(trouble)
             await asyncio.sleep(ENGINE_CHECK_S)
 
     @property

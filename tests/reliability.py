@@ -1,5 +1,6 @@
-"""How a test says that it shows a row of docs/reliability.md. Records three properties in pytest's junit file, from which
-`make reliability` makes the table: `reliability` = the row's id, `figure ID` = what was seen, `machine ID` = where not a CPU.
+"""How a test says that it shows a row of docs/reliability.md. Records three properties in pytest's junit file, from
+which `make reliability` makes the table: `reliability` = the row's id, `figure ID` = what was seen, `machine ID` =
+where, unless it is the machine of the run.
 
 A test of several rows calls `holds` for each; several tests may show one row.
 """

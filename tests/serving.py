@@ -37,6 +37,7 @@ class Server:
     fingerprint: str
     backend: Any = None
     metrics_url: str = ""
+    probe_url: str = ""
     loop: Any = field(default=None, repr=False)
     http: httpx.Client = field(default_factory=lambda: httpx.Client(verify=False, timeout=60), repr=False)
 
@@ -92,10 +93,11 @@ def serving(
         server = Server(
             app=holder["app"],
             http_url=ready["http_url"],
-            grpc_target=ready["grpc_url"].removeprefix("grpc://"),
+            grpc_target=ready["grpc_url"].split("://")[1],
             fingerprint=ready["fingerprint"],
             backend=made[-1],
             metrics_url=ready.get("metrics_url", ""),
+            probe_url=ready.get("probe_url", ""),
             loop=holder["loop"],
         )
         with server.http:

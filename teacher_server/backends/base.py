@@ -124,6 +124,10 @@ class ScoringBackend(ABC):
         the call does. Asked about twice a second on the event loop, so it must not block."""
         return True
 
+    def is_frozen(self) -> bool:
+        """Whether a process of the engine has been stopped by a signal. Asked as `is_up` is."""
+        return False
+
     async def close(self) -> None:
         """Frees the model. Idempotent."""
         return

@@ -80,6 +80,9 @@ class ControlBackend(ScoringBackend):
     def is_up(self) -> bool:
         return self.inner.is_up()
 
+    def is_frozen(self) -> bool:
+        return self.inner.is_frozen()
+
     async def close(self) -> None:
         await self.inner.close()
 

@@ -161,6 +161,9 @@ class VllmBackend(ScoringBackend):
             self.generator.is_up()  # starts it again where it died; scoring goes on meanwhile
         return self._host.is_up()
 
+    def is_frozen(self) -> bool:
+        return self._host.is_frozen()
+
     async def close(self) -> None:
         ends = [self._host.close] if self.generator is None else [self._host.close, self.generator.close]
         await asyncio.gather(*(asyncio.to_thread(end) for end in ends))

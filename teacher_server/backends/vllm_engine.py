@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from teacher_api.errors import BackendFailed, InvalidRequest
@@ -134,6 +135,10 @@ class EngineHost:
             return False
         return True
 
+    def is_frozen(self) -> bool:
+        """Whether one of the engine's processes is stopped, as by SIGSTOP: vLLM only notices those that end."""
+        return any(_is_stopped(process.pid) for process in multiprocessing.active_children())
+
     def require_up(self) -> None:
         """Raises BackendFailed where the engine cannot be asked."""
         if self.is_up():
@@ -210,6 +215,14 @@ class EngineHost:
         except Exception as error:  # the boundary to foreign code: whatever went wrong, it is tried again
             self._revive_from = time.monotonic() + RETRY_AFTER_DEATH_S
             logger.error("%s; trying again in %g s", error, RETRY_AFTER_DEATH_S)
+
+
+def _is_stopped(pid: int | None) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # it has ended, or this is no Linux
+        return False
+    return text.rpartition(")")[2].split()[0] in ("T", "t")  # proc(5): stopped by a signal, or by a tracer
 
 
 async def _cancel_all() -> None:
