@@ -46,7 +46,7 @@ from student_trainer.teachers import privileged, refresh
 from student_trainer.teachers.config import prefix
 from student_trainer.teachers.panel import Panel, connect
 from student_trainer.teachers.past import PastTeachers
-from student_trainer.tracking import METRICS_FILE, Tracker, check_installed, read_metrics
+from student_trainer.tracking import METRICS_FILE, Tracker, check_installed, open_tracing, read_metrics
 from student_trainer.types import Metrics
 from teacher_api.types import TeacherInfo
 
@@ -154,6 +154,7 @@ class Run:
         figures["total_skipped"] = float(self.bad_steps.total)
         alarms, begun = self.alarms.look(figures)
         figures = {**figures, **alarms, **self.timeline.figures()}
+        self.timeline.end_step(samples.step)
         checkpoint.require_measured(self.config.checkpoint, figures)
         self.figures = figures
         for alarm in begun:
@@ -281,6 +282,7 @@ class Run:
             self.timeline.write_trace(self.run_dir, self.dist.rank)
         except OSError as error:  # how the run ended is told by whoever ends it
             self.console.say(f"warning: no trace: {error}")
+        self.timeline.close()
         self.console.close()
         if self.tracker is not None:
             self.tracker.close()
@@ -311,6 +313,7 @@ def prepare(
     """
     start = None if config.train.epochs else resume.find_start(config)
     check_installed(config.tracking)
+    tracing = open_tracing(config.tracking)
     hub.check(config.checkpoint)
     objective = build(config.loss)
     strategy = choose(config, dist)
@@ -360,7 +363,11 @@ def prepare(
             console=Console(is_main=dist.is_main, total_steps=config.train.steps, first_step=start.step),
             warnings=warnings,
             longest_tokens=longest,
-            timeline=Timeline(config.tracking.trace_steps),
+            timeline=Timeline(
+                config.tracking.trace_steps,
+                tracing=tracing,
+                told={"run": config.tracking.run_name or Path(config.train.output_dir).name, "rank": dist.rank},
+            ),
             **_counts(config, start),
         )
     except BaseException:

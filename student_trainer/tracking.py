@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl` always, and those of accelerate's trackers that are asked for.
+"""Where metrics go: `metrics.jsonl` always, and those of accelerate's trackers that are asked for. Where traces go.
 
 Invariant: after a resume at step s the file holds one line for each logged step up to s and none beyond; TensorBoard
 shows the same. W&B, MLflow and trackio go on with the run that trackers.json in the output directory names.
@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from teacher_api.settings import Section
+from teacher_api.tracing import Tracing
 
 METRICS_FILE, RUNS_FILE = "metrics.jsonl", "trackers.json"
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "aim", "clearml", "dvclive"]
@@ -50,6 +51,10 @@ class TrackingConfig(Section):
     trace_steps: tuple[int, int] | None = None
     """First and last step (counted as in metrics.jsonl) of which output_dir/trace.json shows who was busy when, for
     ui.perfetto.dev or chrome://tracing; further processes write trace-rank1.json and so on. Unset: none is written."""
+
+    otlp_endpoint: str = ""
+    """Collector that gets each step as an OpenTelemetry trace, over OTLP/HTTP, such as http://collector:4318 (extra
+    `trace`). What a teacher with --otlp-endpoint does for the step is part of it. Empty: none is sent."""
 
     @model_validator(mode="after")
     def _steps_in_order(self) -> Self:
@@ -121,6 +126,14 @@ class Tracker:
         for tracker in self._trackers:
             tracker.finish()
         self._trackers = []
+
+
+def open_tracing(config: TrackingConfig) -> Tracing:
+    """Raises ValueError where traces are asked for and can't be sent."""
+    try:
+        return Tracing.to(config.otlp_endpoint, service="student-train")
+    except ValueError as error:
+        raise ValueError(f"tracking.otlp_endpoint: {error}") from None
 
 
 def check_installed(config: TrackingConfig) -> None:

@@ -150,12 +150,12 @@ class Tracing:
             span = self._tracer.start_span(name, context=parent, attributes=dict(attributes), start_time=started_ns)
             span.end(ended_ns)
 
-    def close(self) -> None:
-        """Sends what is left, for as long as CLOSE_S."""
+    def close(self, limit_s: float = CLOSE_S) -> None:
+        """Sends what is left, for as long as `limit_s`."""
         if self._processor is not None:
             ending = threading.Thread(target=self._processor.shutdown, name="traces-end", daemon=True)
             ending.start()
-            ending.join(CLOSE_S)
+            ending.join(limit_s)
 
 
 def _provider(url: str, service: str, share: float) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from teacher_api import errors
+from teacher_api import errors, tracing
 from teacher_api.compression import Compression, pack_request
 from teacher_api.errors import TeacherError, error_of_kind
 from teacher_api.transport import MAX_MESSAGE_BYTES, REQUEST_ID, parse
@@ -67,7 +67,8 @@ class GrpcTransport:
         self._head = self._channel.unary_stream(f"/{_SERVICE}/GetHead")
 
     def _call(self, timeout_s: float, request_id: str) -> dict[str, Any]:
-        return {"timeout": timeout_s, "metadata": (*self._metadata, (REQUEST_ID, request_id))}
+        metadata = (*self._metadata, (REQUEST_ID, request_id), *tracing.headers().items())
+        return {"timeout": timeout_s, "metadata": metadata}
 
     async def info(self, *, timeout_s: float, request_id: str, teacher: str = "") -> pb.TeacherInfo:
         asked = pb.GetInfoRequest(teacher=teacher).SerializeToString()

@@ -12,6 +12,7 @@ from urllib.parse import quote, urlencode
 
 import httpx
 
+from teacher_api import tracing
 from teacher_api.compression import LEAST_BYTES, Compression, Reader, compress
 from teacher_api.errors import CorruptResponse, DeadlineExceeded, InvalidRequest, TeacherError, Unavailable
 from teacher_api.transport import MAX_MESSAGE_BYTES, PROTOBUF, REQUEST_ID, error_of_problem, parse
@@ -44,7 +45,8 @@ class HttpTransport:
         self, method: str, path: str, body: bytes | None, timeout_s: float, request_id: str
     ) -> AsyncIterator[httpx.Response]:
         """An answer of status 200, its body not read yet. Everything else raises a TeacherError."""
-        headers = {REQUEST_ID: request_id} | ({"content-type": PROTOBUF} if body is not None else {})
+        headers = {REQUEST_ID: request_id, **tracing.headers()}
+        headers |= {"content-type": PROTOBUF} if body is not None else {}
         if body is not None and self._compression == "zstd" and len(body) >= LEAST_BYTES:
             body = compress(body)
             headers["content-encoding"] = "zstd"

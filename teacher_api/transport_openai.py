@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from teacher_api import info as info_api
-from teacher_api import openai_info, wire
+from teacher_api import openai_info, tracing, wire
 from teacher_api.errors import (
     CorruptResponse,
     DeadlineExceeded,
@@ -103,7 +103,7 @@ class OpenAITransport:
         self, method: str, path: str, request_id: str, content: object = None, extensions: Any = None
     ) -> bytes:
         """The body of an answer of status 200; every other is raised."""
-        headers = {REQUEST_ID: request_id}
+        headers = {REQUEST_ID: request_id, **tracing.headers()}
         body = None
         if content is not None:
             headers["content-type"] = "application/json"

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from teacher_api.tracing import Tracing
 from teacher_server.config import ServerConfig
 from teacher_server.front import Front, Probes
 from teacher_server.http_server import HttpServer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 CLOSE_S = 10.0  # for the backend to free its model, after the last call has ended
 QUICK_S = 0.3  # for the same things after a second SIGTERM
+SEND_S = 0.5  # for traces that have not been sent
 BACKLOG = 1024  # connections that wait to be accepted
 T = TypeVar("T")
 
@@ -91,6 +93,7 @@ class App:
         self._metrics: MetricsServer | None = None
         self._tls: Tls | None = None
         self._http_url = self._probe_url = ""
+        self._tracing = Tracing()
         self._ended_well = False  # all calls ended before the grace did, so that the engine is idle
 
     async def run(self) -> None:
@@ -120,9 +123,11 @@ class App:
             ending: set[asyncio.Task[Any]] = {serving, serving_http, probing}
             if self._metrics is not None:
                 ending.add(asyncio.create_task(asyncio.to_thread(self._metrics.close)))
+            limit_s = SEND_S if self._ended_well else QUICK_S
+            ending.add(asyncio.create_task(asyncio.to_thread(self._tracing.close, limit_s)))
             if self._grpc is not None:  # a start that failed; after a drain it has been stopped already
                 ending.add(asyncio.create_task(self._grpc.stop(0)))
-            await asyncio.wait(ending, timeout=QUICK_S)
+            await asyncio.wait(ending, timeout=limit_s)
             await self._close_backend()
 
     def _http_server(self) -> HttpServer:
@@ -162,7 +167,8 @@ class App:
 
             logs.configure(self._config.log_format, self._config.log_level)
             keys = KeyRing.of(self._config)
-            core = service.TeacherService(self._config, self.lifecycle)
+            self._tracing = open_tracing(self._config)
+            core = service.TeacherService(self._config, self.lifecycle, self._tracing)
             if self._config.metrics_port is not None:
                 from teacher_server.metrics import MetricsServer
 
@@ -261,6 +267,14 @@ def _import_transports() -> None:
     """In a thread, so that the probes are answered meanwhile: FastAPI and gRPC take most of a second to import."""
     import teacher_server.grpc_api
     import teacher_server.http_api  # noqa: F401
+
+
+def open_tracing(config: ServerConfig) -> Tracing:
+    """Raises ValueError where traces are asked for and can't be sent."""
+    try:
+        return Tracing.to(config.otlp_endpoint, service="teacher-serve", share=config.trace_share)
+    except ValueError as error:
+        raise ValueError(f"otlp_endpoint: {error}") from None
 
 
 def _create(config: ServerConfig) -> ScoringBackend:

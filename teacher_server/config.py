@@ -202,7 +202,12 @@ class ServerConfig(Section):
     log_format: Literal["auto", "console", "json"] = "auto"
     """Form of the log on stderr; auto: console on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe line to be logged."""
+    """Least severe line to be logged; at info one line for each request."""
+    otlp_endpoint: str = ""
+    """Collector that gets traces of requests, down to the engine's forwards, over OTLP/HTTP, such as
+    http://collector:4318 (extra `trace`). Empty: none is sent."""
+    trace_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of the requests that are traced, of those whose callers do not trace; a caller's own trace is followed."""
 
     # --- the fake backend -----------------------------------------------------------------------------------------
     fake_vocabulary: int = Field(default=512, ge=2, le=1 << 20)
@@ -272,6 +277,8 @@ class ServerConfig(Section):
             raise ValueError("tls_cert and tls_key go together; expected both of them, or neither")
         if self.tls_client_ca and not self.tls_cert:
             raise ValueError("tls_client_ca has no meaning without tls_cert")
+        if "trace_share" in self.model_fields_set and not self.otlp_endpoint:
+            raise ValueError("trace_share has no meaning without otlp_endpoint")
         if "metrics_host" in self.model_fields_set and self.metrics_port is None:
             raise ValueError("metrics_host has no meaning without metrics_port")
         if self.reference and self.backend == "vllm":

@@ -1,4 +1,5 @@
-"""Who was busy when: spans of time by part of the pipeline, as figures of a step and as a trace for Perfetto or Chrome.
+"""Who was busy when: spans of time by part of the pipeline, as figures of a step, as a trace for Perfetto or Chrome,
+and as OpenTelemetry's, of which each step is one and the teacher's part in it belongs to it.
 
 Invariant: a step's figures cover its wall clock from `begin` to `figures` and nothing else, whichever step the work was
 for; so busy seconds over `seconds` is how well a part was used.
@@ -11,13 +12,15 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
 from student_trainer.types import Metrics
+from teacher_api.tracing import Span as TracedSpan
+from teacher_api.tracing import Tracing
 
 Part = Literal["sample", "score", "learn", "waiting_for_samples", "waiting_for_scores", "waiting_for_learning"]
 LANES: dict[Part, str] = {
@@ -46,12 +49,22 @@ class Timeline:
 
     Args:
         trace_steps: first and last step, counted from 1, whose spans are kept for `write_trace`; None: none are.
+        tracing: where spans are sent.
+        told: what is said of the run with each step that is traced.
     """
 
     def __init__(
-        self, trace_steps: tuple[int, int] | None = None, *, clock: Callable[[], float] = time.perf_counter
+        self,
+        trace_steps: tuple[int, int] | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        tracing: Tracing | None = None,
+        told: Mapping[str, str | int] | None = None,
     ) -> None:
         self.clock = clock
+        self._tracing = tracing or Tracing()
+        self._told = dict(told or {})
+        self._steps: dict[int, TracedSpan] = {}  # that are open
         self._trace_steps = trace_steps
         self._origin = self._began = clock()
         self._begun: SimpleQueue[Span] = SimpleQueue()  # by any thread, since `figures` looked last
@@ -67,10 +80,33 @@ class Timeline:
         """The time inside was spent on `part`, for `step`."""
         span = Span(part, step, self.clock(), detail=detail)
         self._begun.put(span)
+        told = {f"preceptor.{name}": value for name, value in detail.items()}
         try:
-            yield
+            with self._tracing.span(part, told, parent=self._step(step)):
+                yield
         finally:
             span.ended = self.clock()
+
+    def _step(self, step: int) -> Any:
+        """The context of the trace that is this step."""
+        if not self._tracing.is_on:
+            return None
+        if step not in self._steps:
+            told = {"preceptor.step": step + 1, **{f"preceptor.{name}": value for name, value in self._told.items()}}
+            self._steps.setdefault(step, self._tracing.open("step", told))
+        return self._steps[step].context
+
+    def end_step(self, step: int) -> None:
+        """Nothing more of `step` comes."""
+        span = self._steps.pop(step, None)
+        if span is not None:
+            span.end()
+
+    def close(self) -> None:
+        """Ends what is open, and sends what has not been sent."""
+        for step in list(self._steps):
+            self.end_step(step)
+        self._tracing.close()
 
     def figures(self) -> Metrics:
         """`seconds` since `begin`, and of them `seconds_PART`: those in which a span of the part was open."""
