@@ -54,6 +54,10 @@ class Outcome:
     about: str = ""  # the field that an error names
     began: float = field(default_factory=time.monotonic)
 
+    def refused(self, error: TeacherError) -> None:
+        """It ends with `error`."""
+        self.name, self.about = error.kind, error.field
+
     def seconds(self) -> float:
         """Since the request came."""
         return time.monotonic() - self.began

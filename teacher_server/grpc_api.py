@@ -27,15 +27,22 @@ from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server.answers import FRAME_BYTES, encoded, streamed_frames
 from teacher_server.auth import KeyRing
 from teacher_server.caller import Caller
-from teacher_server.counts import Counts, Outcome
+from teacher_server.counts import Outcome
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
 from teacher_server.service import TeacherService
 from teacher_server.stream import StreamSession, taken_within
 from teacher_server.tls import Tls
+from teacher_server.watch import watched
 
 log = structlog.get_logger("teacher_server.grpc")
 SERVICE: str = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
+METHOD_OF = {
+    f"/{SERVICE}/{name}": method
+    for name, method in (("GetInfo", "info"), ("Score", "score"), ("ScoreStream", "score_stream"), ("GetHead", "head"))
+}
+"""How counts.py calls a method."""
+Work = Callable[[str, Caller], Awaitable[Any]]
 DOMAIN = "teacher.v1"  # of the ErrorInfo that carries our error kinds
 STATUS_KEY = "grpc-status-details-bin"
 KEEPALIVE_MS = 20_000
@@ -48,7 +55,7 @@ class GrpcServer:
     def __init__(self, service: TeacherService, lifecycle: Lifecycle, keys: KeyRing, tls: Tls | None = None) -> None:
         limit = 2 * service.config.max_request_bytes + OVERSIZE_ROOM_BYTES
         self._server = grpc.aio.server(
-            interceptors=[_KeyCheck(keys, service.counts)],
+            interceptors=[_KeyCheck(keys, service)],
             maximum_concurrent_rpcs=service.config.max_calls,  # gRPC holds a whole message of each before we see it
             options=[
                 ("grpc.max_receive_message_length", limit),
@@ -109,31 +116,29 @@ def _credentials(tls: Tls) -> grpc.ServerCredentials:
 
 def _handlers(service: TeacherService, keys: KeyRing) -> grpc.GenericRpcHandler:
     async def get_info(requests: AsyncIterator[bytes], context: Any) -> Any:
-        async def work(_: str) -> None:
+        async def work(_: str, __: Caller) -> None:
             try:
                 asked = pb.GetInfoRequest.FromString(await _only(requests, service))
             except DecodeError:
                 raise InvalidRequest("the message is not a teacher.v1.GetInfoRequest") from None
             await context.write(info_api.to_proto(service.info_of(asked.teacher)).SerializeToString())
 
-        return await _answered(context, service.counts, work)
+        return await _answered(context, service, keys, "info", work)
 
     async def score(requests: AsyncIterator[bytes], context: Any) -> None:
-        await _answered(
-            context,
-            service.counts,
-            lambda request_id: _score(service, requests, _caller(keys, context), request_id, context),
-        )
+        async def work(request_id: str, caller: Caller) -> None:
+            await _score(service, requests, caller, request_id, context)
+
+        await _answered(context, service, keys, "score", work)
 
     async def score_stream(requests: AsyncIterator[bytes], context: Any) -> None:
-        await _answered(
-            context,
-            service.counts,
-            lambda request_id: _score_stream(service, requests, _caller(keys, context), request_id, context),
-        )
+        async def work(request_id: str, caller: Caller) -> None:
+            await _score_stream(service, requests, caller, request_id, context)
+
+        await _answered(context, service, keys, "score_stream", work)
 
     async def get_head(requests: AsyncIterator[bytes], context: Any) -> None:
-        await _answered(context, service.counts, lambda _: _get_head(service, requests, context))
+        await _answered(context, service, keys, "head", lambda *_: _get_head(service, requests, context))
 
     methods = {
         # Of one message, read by ourselves, for gRPC would wait for its end for ever; and of one answer, written by
@@ -144,11 +149,6 @@ def _handlers(service: TeacherService, keys: KeyRing) -> grpc.GenericRpcHandler:
         "ScoreStream": grpc.stream_stream_rpc_method_handler(score_stream),
     }
     return grpc.method_handlers_generic_handler(SERVICE, methods)
-
-
-def _caller(keys: KeyRing, context: Any) -> Caller:
-    metadata = dict(context.invocation_metadata() or ())
-    return keys.check(metadata.get("authorization")).from_headers(metadata)
 
 
 async def _only(requests: AsyncIterator[bytes], service: TeacherService) -> bytes:
@@ -227,36 +227,36 @@ async def _decoded(data: bytes, service: TeacherService) -> wire.DecodedRequest:
     return wire.decode_request(message)
 
 
-async def _answered(context: Any, counts: Counts, work: Callable[[str], Awaitable[Any]]) -> Any:
+async def _answered(context: Any, service: TeacherService, keys: KeyRing, method: str, work: Work) -> Any:
     """Counts one call."""
-    with counts.request("grpc") as outcome:
+    metadata = dict(context.invocation_metadata() or ())
+    with watched(service.counts, service.tracing, "grpc", method, metadata) as outcome:
         try:
-            return await _with_status(context, work, outcome)
+            return await _with_status(context, metadata, keys, work, outcome)
         except asyncio.CancelledError:  # gRPC's way to say that the caller has gone, or its deadline
             left_s = context.time_remaining()
             outcome.name = "cancelled" if left_s is None or left_s > 0 else "deadline_exceeded"
             raise
 
 
-async def _with_status(context: Any, work: Callable[[str], Awaitable[Any]], outcome: Outcome) -> Any:
-    """Runs `work` under the call's request id and turns what it raises into a status."""
-    metadata = dict(context.invocation_metadata() or ())
-    request_id = request_id_of(None)
+async def _with_status(context: Any, metadata: dict[str, str], keys: KeyRing, work: Work, outcome: Outcome) -> Any:
+    """Runs `work` for the call's id and caller and turns what it raises into a status."""
+    request_id = outcome.request_id
     try:
-        request_id = request_id_of(metadata.get(REQUEST_ID_HEADER))
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
-            return await work(request_id)
+        request_id_of(metadata.get(REQUEST_ID_HEADER))
+        key = keys.check(metadata.get("authorization"))
+        outcome.tenant = key.tenant
+        context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
+        return await work(request_id, key.from_headers(metadata))
     except TeacherError as error:
-        outcome.name = error.kind
-        log.info("refused", kind=error.kind, field=error.field, request_id=request_id)
+        outcome.refused(error)
         await _abort(context, error, request_id)
     except (grpc.RpcError, grpc.aio.AbortError):
         outcome.name = "cancelled"
         raise
     except Exception as error:  # the process boundary: a bug must not show its insides
         outcome.name = "internal"
-        log.error("internal_error", request_id=request_id, exc_info=error)
+        log.error("internal_error", exc_info=error)
         await _abort(context, InternalError("a bug; the server's log has it"), request_id)
 
 
@@ -288,9 +288,9 @@ def _status(error: TeacherError, code: Any, request_id: str) -> bytes:
 class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     """Refuses every method without a key, but health: probes have none."""
 
-    def __init__(self, keys: KeyRing, counts: Counts) -> None:
+    def __init__(self, keys: KeyRing, service: TeacherService) -> None:
         self._keys = keys
-        self._counts = counts
+        self._service = service
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
@@ -300,12 +300,12 @@ class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has n
         try:
             self._keys.check(metadata.get("authorization"))
         except TeacherError as error:
-            refused = error
+            refused, method = error, METHOD_OF.get(handler_call_details.method, "other")
 
             async def refuse(_: Any, context: Any) -> None:
-                with self._counts.request("grpc") as outcome:
-                    outcome.name = refused.kind
-                    await _abort(context, refused, request_id_of(None))
+                with watched(self._service.counts, self._service.tracing, "grpc", method, metadata) as outcome:
+                    outcome.refused(refused)
+                    await _abort(context, refused, outcome.request_id)
 
             return grpc.stream_stream_rpc_method_handler(refuse)
         return handler

@@ -33,7 +33,7 @@ from teacher_server import json_models, openai_api
 from teacher_server.answers import FRAME_BYTES, encoded, streamed_frames
 from teacher_server.auth import KeyRing
 from teacher_server.caller import Caller
-from teacher_server.counts import OK, Counts, Outcome
+from teacher_server.counts import OK, Outcome
 from teacher_server.http_coding import accepts_zstd, coded, coded_pieces, coding_headers
 from teacher_server.http_requests import JSON, PROTOBUF, caller_of, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames, Whole
@@ -43,8 +43,20 @@ from teacher_server.problem import REQUEST_ID_HEADER, problem, request_id_of
 from teacher_server.service import TeacherService
 from teacher_server.stream import StreamSession
 from teacher_server.validation import decoded_of, jobs_of
+from teacher_server.watch import watched
 
 log = structlog.get_logger("teacher_server.http")
+METHOD_OF = {
+    "/v1/score": "score",
+    "/v1/score/stream": "score_stream",
+    "/v1/completions": "completions",
+    "/v1/info": "info",
+    "/v1/head": "head",
+    "/v1/models": "models",
+    "/v1/usage": "usage",
+    "/v1/status": "status",
+}
+"""How counts.py calls what a path is for."""
 
 
 def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
@@ -56,7 +68,7 @@ def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
     _add_head(app, service)
     openai_api.add_routes(app, service)
     describe(app, generate=service.config.generate)
-    return _Envelope(app, keys, service.counts)
+    return _Envelope(app, keys, service)
 
 
 def _add_routes(app: FastAPI, service: TeacherService) -> None:
@@ -175,20 +187,18 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 
 def _problem(request: Request, error: TeacherError, status: int | None = None) -> Response:
-    request.scope["outcome"].name = error.kind
+    request.scope["outcome"].refused(error)
     status, headers, body = _told(request.url.path, error, id_of(request), status)
-    log.info("refused", kind=error.kind, field=error.field, status=status)
     return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 
 class _Envelope:
-    """Around every request: its id in and out, the key, one log line, how it ended, and the boundary at which a bug
-    becomes a 500."""
+    """Around every request: its id in and out, the key, how it ended, and the boundary at which a bug becomes a 500."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, counts: Counts) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, service: TeacherService) -> None:
         self._app = app
         self._keys = keys
-        self._counts = counts
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ended = False
@@ -198,15 +208,18 @@ class _Envelope:
             await send(message)
             ended = ended or (message["type"] == "http.response.body" and not message.get("more_body", False))
 
-        with self._counts.request("http") as outcome:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        method = METHOD_OF.get(scope["path"], "other")
+        with watched(self._service.counts, self._service.tracing, "http", method, headers) as outcome:
             scope["outcome"] = outcome
-            await self._handled(scope, receive, seen, outcome)
+            await self._handled(scope, receive, seen, headers, outcome)
             if not ended and outcome.name == OK:  # the caller has gone, or took nothing
                 outcome.name = "cancelled"
 
-    async def _handled(self, scope: Scope, receive: Receive, send: Send, outcome: Outcome) -> None:
+    async def _handled(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], outcome: Outcome
+    ) -> None:
         started = False
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
         async def with_id(message: Message) -> None:
             nonlocal started
@@ -217,15 +230,15 @@ class _Envelope:
                     message["headers"] = [*message["headers"], (REQUEST_ID_HEADER.encode(), request_id.encode())]
             await send(message)
 
-        request_id = request_id_of(None)
+        scope["request_id"] = request_id = outcome.request_id
         try:
-            request_id = request_id_of(headers.get(REQUEST_ID_HEADER))
-            scope["request_id"] = request_id
-            with structlog.contextvars.bound_contextvars(request_id=request_id):
-                scope["caller"] = self._keys.check(headers.get("authorization")).from_headers(headers)
-                await self._app(scope, receive, with_id)
+            request_id_of(headers.get(REQUEST_ID_HEADER))
+            key = self._keys.check(headers.get("authorization"))
+            outcome.tenant = key.tenant
+            scope["caller"] = key.from_headers(headers)
+            await self._app(scope, receive, with_id)
         except TeacherError as error:
-            outcome.name = error.kind
+            outcome.refused(error)
             if started:
                 raise  # too late for a status: the connection is cut, and the caller sees an answer without its end
             await _send_error(error, scope["path"], request_id, with_id)
@@ -237,7 +250,7 @@ class _Envelope:
             await _send_error(cut, scope["path"], request_id, with_id)
         except Exception as error:  # the process boundary: a bug must not take the server, nor show its insides
             outcome.name = InternalError.kind
-            log.error("internal_error", request_id=request_id, path=scope["path"], exc_info=error)
+            log.error("internal_error", path=scope["path"], exc_info=error)
             if started:
                 raise
             bug = InternalError("a bug; the server's log has it")

@@ -265,8 +265,8 @@ class TeacherService:
     ) -> list[Scores | TeacherError]:
         for job in jobs:
             if isinstance(job, TeacherError):
-                self.counts.refused(job)
-        with self.counts.scoring(len(good)) as done:
+                self.counts.refused(job, caller.tenant)
+        with self.counts.scoring(len(good), caller.tenant) as done:
             done.extend(await self._run(good, deadline, caller))
         return done
 
@@ -286,7 +286,7 @@ class TeacherService:
     async def run_one(self, job: ScoreJob, deadline: float, caller: Caller) -> Scores | TeacherError:
         """Scores one admitted job; for the stream. Cancelling the call takes it out of the queue."""
         assert self._scheduler is not None, "ready without a scheduler"
-        with self.counts.scoring(1) as done:
+        with self.counts.scoring(1, caller.tenant) as done:
             done.append(self._checked(job, await self._scheduler.submit(job, deadline, caller)))
         return done[0]
 

@@ -149,7 +149,7 @@ class StreamSession:
             await self._start(job, cost, deadline, caller, info.fingerprint)
 
     def _refuse(self, name: str, error: TeacherError, job: ScoreJob | None, fingerprint: str) -> None:
-        self._service.counts.refused(error)
+        self._service.counts.refused(error, self._caller.tenant)
         self._answers.put_nowait((Answer(name, error, job, fingerprint), None))
 
     async def _start(self, job: ScoreJob, cost: Cost, deadline: float, caller: Caller, fingerprint: str) -> None:

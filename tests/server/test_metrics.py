@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -102,7 +104,7 @@ def test_what_was_received_is_what_ended(server: Server) -> None:
     server.http.get(f"{server.http_url}/readyz")  # a probe: not counted
 
     after = settled(server)
-    samples = {key: value - before[key] if key[0].endswith("_total") else value for key, value in after.items()}
+    samples = {key: value - before.get(key, 0) if key[0].endswith("_total") else value for key, value in after.items()}
     finished = "preceptor_requests_finished_total"
     assert by(samples, "preceptor_requests_received_total", "transport") == {"http": 5, "grpc": 5}
     refused = {"invalid_request": 1, "too_large": 1}
@@ -116,6 +118,20 @@ def test_what_was_received_is_what_ended(server: Server) -> None:
     }
     assert by(samples, "preceptor_scored_tokens_total", "source") == {"computed": 4 * len(tokens)}
     assert by(samples, "preceptor_scored_positions_total") == {"": 4 * (len(tokens) - 1)}
+    took = "preceptor_request_duration_seconds_count"  # its samples are not reset with the counters'
+    for transport in ("http", "grpc"):
+        assert sum(by(after, took, "method", transport=transport).values()) == sum(
+            by(after, finished, "outcome", transport=transport).values()
+        )
+    assert by(after, took, "method", transport="grpc") == {"score": 3, "score_stream": 1, "info": 1}
+    assert by(after, took, "method", transport="http") == {"score": 3, "score_stream": 1, "other": 1}
+    tenant = {"tenant": "default"}
+    assert by(samples, "preceptor_tenant_scored_tokens_total", "source", **tenant) == {"computed": 4 * len(tokens)}
+    assert by(samples, "preceptor_tenant_requests_finished_total", "outcome", **tenant) == {
+        "ok": 4,
+        "invalid_request": 2,
+        "too_large": 2,
+    }
     assert by(samples, "preceptor_queue_tokens") == {}
     assert by(samples, "preceptor_queue_limit_tokens") == {"": 100}
 
@@ -132,6 +148,20 @@ def test_every_outcome_of_the_table_is_there_and_no_other(server: Server) -> Non
         Counts().request("ftp"),
     ):
         pass
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here (Debian: apt-get install prometheus)")
+def test_names_and_types_are_as_prometheus_own_linter_wants_them(server: Server) -> None:
+    text = httpx.get(server.metrics_url, timeout=30).text
+    ours = "".join(f"{line}\n" for line in text.splitlines() if "preceptor_" in line)
+    done = subprocess.run(["promtool", "check", "metrics"], input=ours, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_the_process_is_in_the_metrics(server: Server) -> None:
+    samples = scrape(server)
+    assert samples["process_resident_memory_bytes", ()] > 1e6
+    assert samples["preceptor_ready", ()] == samples["preceptor_live", ()] == samples["preceptor_engine_up", ()] == 1
 
 
 def test_who_is_served_is_what_the_description_says(server: Server) -> None:
