@@ -34,4 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "print-config" in extras:
         print(settings.dump_yaml(config), end="")
         return 0
+    if config.node_rank:
+        from teacher_server import node
+
+        node.run(config)
     return app.run(config)

@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from teacher_api.settings import Section
 
 MIB = 1 << 20
+VLLM_MASTER_PORT = 29501  # vLLM's default
 
 USED_BY = {
     "revision": ("torch", "vllm"),
@@ -39,6 +40,10 @@ ENGINE_FIELDS = (
     "gpu_memory_utilization",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "nnodes",
+    "node_rank",
+    "master_addr",
+    "master_port",
 )
 """Fields that are vLLM's engine arguments by name; None: as vLLM or the backend chooses."""
 USED_BY |= dict.fromkeys(ENGINE_FIELDS, ("vllm",))
@@ -89,6 +94,15 @@ class ServerConfig(Section):
     """Most sequences of one engine step."""
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     """Most tokens of one engine step; longer sequences go in pieces."""
+    nnodes: int | None = Field(default=None, ge=1)
+    """Machines that one engine spans (vLLM's own option, as are the next three). Each runs this command, with the same
+    options but for `node_rank`; the server is on the first."""
+    node_rank: int | None = Field(default=None, ge=0)
+    """Which of them this is: 0 is the first."""
+    master_addr: str | None = Field(default=None, min_length=1)
+    """Name or address of the first, as the others reach it."""
+    master_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port there at which they meet; vLLM opens more, at numbers of its own choice."""
     engine_start_timeout_s: float = Field(default=1800.0, gt=0, le=86400)
     """Longest start of a vLLM engine, and longest check of its answers; then it is stopped with an error."""
     lora: dict[str, str] = Field(default_factory=dict)
@@ -242,6 +256,30 @@ class ServerConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _nodes_fit(self) -> ServerConfig:
+        nodes, rank = self.nnodes or 1, self.node_rank
+        places = {"node_rank": rank, "master_addr": self.master_addr, "master_port": self.master_port}
+        if nodes == 1:
+            for name, value in places.items():
+                if value is not None:
+                    raise ValueError(f"{name} has no meaning without nnodes above 1")
+            return self
+        if rank is None or self.master_addr is None:
+            raise ValueError(f"nnodes is {nodes}; expected node_rank and master_addr beside it")
+        if rank >= nodes:
+            raise ValueError(f"node_rank is {rank}; expected 0 to {nodes - 1}, for nnodes is {nodes}")
+        if self.scoring_path == "auto":
+            raise ValueError(
+                f"nnodes is {nodes} and scoring_path auto; expected fused or prompt-logprobs: the other nodes can't "
+                "follow a choice that the first makes at its start"
+            )
+        if self.generate or (self.data_parallel_size or 1) > 1:
+            raise ValueError(
+                f"nnodes is {nodes}; expected neither generate nor data_parallel_size: one engine spans them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _teachers_have_names(self) -> ServerConfig:
         for name, place in self.lora.items():
             if not TEACHER_NAME.fullmatch(name):
@@ -303,6 +341,11 @@ class ServerConfig(Section):
         """What is handed to vLLM by name, however it was given."""
         named = {name: getattr(self, name) for name in ENGINE_FIELDS}
         return {**self.vllm, **{name: value for name, value in named.items() if value is not None}}
+
+    @property
+    def engine_port(self) -> int:
+        """Where the nodes of an engine meet."""
+        return self.master_port if self.master_port is not None else VLLM_MASTER_PORT
 
     @property
     def display_name(self) -> str:

@@ -4,9 +4,14 @@ asked for, so that a missing or slow one costs nothing."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teacher_server.backends.base import ScoringBackend
 from teacher_server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from teacher_server.backends.vllm_backend import VllmBackend
+    from teacher_server.backends.vllm_node import NodeWorkers
 
 
 def create(config: ServerConfig) -> ScoringBackend:
@@ -27,6 +32,16 @@ def create(config: ServerConfig) -> ScoringBackend:
 
         return ControlBackend(backend, config.control)
     return backend
+
+
+def create_node(config: ServerConfig) -> NodeWorkers:
+    """The workers of a node other than the first, not started yet. Raises ValueError as `create` and `load` do."""
+    from teacher_server.backends.vllm_node import NodeWorkers
+
+    try:
+        return NodeWorkers(*_vllm(config).node_arguments())
+    except ImportError as error:
+        raise ValueError(f"node_rank needs vLLM: {error}; install the extra `vllm`") from error
 
 
 def _fake(config: ServerConfig) -> ScoringBackend:
@@ -70,7 +85,7 @@ def _torch(config: ServerConfig) -> ScoringBackend:
     )
 
 
-def _vllm(config: ServerConfig) -> ScoringBackend:
+def _vllm(config: ServerConfig) -> VllmBackend:
     from teacher_server.backends.vllm_backend import VllmBackend
 
     return VllmBackend(

@@ -46,6 +46,8 @@ OWN_ARGUMENTS = {
 PROBED = ("pipeline_parallel_size", "data_parallel_size")
 """Engine arguments with which the fused path is tried, and refused where it does not work."""
 SECRET_ARGUMENTS = ("hf_token",)
+PLACES = ("node_rank", "master_addr", "master_port")
+"""Engine arguments that say where its parts are, and change no number."""
 FIXED_ARGUMENTS: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
 
 
@@ -147,6 +149,15 @@ class VllmBackend(ScoringBackend):
         self._host.require_up()
         return await self._host.run(self._score(jobs))
 
+    def node_arguments(self) -> tuple[Any, dict[str, str]]:
+        """What the engine's part on another node starts with: vllm's AsyncEngineArgs as `load` makes them, and the
+        environment of its processes. Raises ValueError."""
+        prepare_environment()
+        directory, commit = find_checkpoint(self._model, self._revision)
+        plan = self._planned(directory, commit, read_adapters(self._adapter_places, directory))
+        path = self._stock(plan) if self._scoring_path == "prompt-logprobs" else self._fused(plan)
+        return self._arguments_for(plan, path), plan.environment
+
     def output_head(self) -> OutputHead:
         assert self._plan is not None, "head before load"
         plan = self._plan
@@ -182,15 +193,7 @@ class VllmBackend(ScoringBackend):
 
     def _started(self, plan: _Plan) -> ScoringPath:
         """The first of the paths allowed whose engine starts and whose answers pass the check."""
-        fused = self._fused(plan)
-        stock = PromptLogprobsPath(
-            plan.facts,
-            self._max_top_k,
-            self._full_row_limit,
-            dict(self._user_arguments.get("hf_overrides", {})),
-            plan.adapters,
-            Room(ANSWER_BYTES),
-        )
+        fused, stock = self._fused(plan), self._stock(plan)
         if self._scoring_path == "prompt-logprobs":
             self._start(plan, stock)
             return stock
@@ -207,16 +210,19 @@ class VllmBackend(ScoringBackend):
         self._start(plan, stock)
         return stock
 
-    def _start(self, plan: _Plan, path: ScoringPath) -> None:
+    def _arguments_for(self, plan: _Plan, path: ScoringPath) -> Any:
+        """vllm's AsyncEngineArgs."""
         from vllm import AsyncEngineArgs
 
         own = path.arguments()
         for name in sorted(own.keys() & self._user_arguments.keys() - {"hf_overrides", "additional_config"}):
             if self._user_arguments[name] != own[name]:
                 raise ValueError(f"engine argument {name!r} is always {own[name]!r} on the {path.name} path")
-        arguments = AsyncEngineArgs(**{**path.defaults(), **plan.arguments, **own})
+        return AsyncEngineArgs(**{**path.defaults(), **plan.arguments, **own})
+
+    def _start(self, plan: _Plan, path: ScoringPath) -> None:
         limit_s = self._start_timeout_s
-        self._host.start(arguments, plan.environment, timeout_s=limit_s)
+        self._host.start(self._arguments_for(plan, path), plan.environment, timeout_s=limit_s)
         for name in plan.adapters.adapters:
             self._host.run_blocking(self._host.load_adapter(plan.adapters.request(name)), timeout_s=limit_s)
 
@@ -251,6 +257,11 @@ class VllmBackend(ScoringBackend):
     async def _asked(self, path: ScoringPath, jobs: Sequence[ScoreJob]) -> list[Scores]:
         return list(await asyncio.gather(*(path.score(self._host, job) for job in jobs)))
 
+    def _stock(self, plan: _Plan) -> PromptLogprobsPath:
+        overrides = dict(self._user_arguments.get("hf_overrides", {}))
+        limit = self._full_row_limit
+        return PromptLogprobsPath(plan.facts, self._max_top_k, limit, overrides, plan.adapters, Room(ANSWER_BYTES))
+
     def _fused(self, plan: _Plan) -> FusedPath:
         from vllm.platforms import current_platform
 
@@ -281,8 +292,9 @@ class VllmBackend(ScoringBackend):
         parts = [f"{path.name} {path.detail}".strip()]
         if isinstance(path, FusedPath) and path.head_dtype != "model":
             parts.append(f"head {path.head_dtype}")
-        if self._user_arguments:
-            parts.append(f"engine arguments {dict(sorted(self._user_arguments.items()))}")
+        given = {name: self._user_arguments[name] for name in sorted(self._user_arguments) if name not in PLACES}
+        if given:
+            parts.append(f"engine arguments {given}")
         return ", ".join(parts)
 
     def _planned(self, directory: Path, commit: str, adapters: Mapping[str, Adapter]) -> _Plan:
