@@ -33,13 +33,13 @@ FROM python:3.11-slim-bookworm AS runtime
 RUN useradd --uid 10001 --user-group --home-dir /cache --create-home preceptor
 ENV PATH=/opt/preceptor/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/cache/huggingface NUMBA_CACHE_DIR=/cache/numba \
-    TEACHER_HOST=0.0.0.0 TEACHER_METRICS_HOST=0.0.0.0 TEACHER_METRICS_PORT=9464
+    TEACHER_HOST=0.0.0.0 TEACHER_METRICS_HOST=0.0.0.0 TEACHER_METRICS_PORT=9464 TEACHER_PROBE_PORT=8302
 WORKDIR /cache
 VOLUME /cache
-EXPOSE 8300 8301 9464
+EXPOSE 8300 8301 8302 9464
 # A large model loads for minutes; the start period counts no failure, and ends with the first success.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=1800s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8300/readyz', timeout=4)"]
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8302/readyz', timeout=4)"]
 ENTRYPOINT ["teacher-serve"]
 
 FROM runtime AS cpu

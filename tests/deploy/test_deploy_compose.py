@@ -121,7 +121,7 @@ def test_ports_are_those_the_server_listens_on(form: str, services: dict[str, An
     published = services["teacher"]["ports"]
     assert {port["target"] for port in published} == {config.http_port, config.grpc_port}
     exposed = {int(port) for port in setting(TEACHER_IMAGES, form, "EXPOSE").split()}
-    assert exposed == {config.http_port, config.grpc_port, config.metrics_port}
+    assert exposed == {config.http_port, config.grpc_port, config.probe_port, config.metrics_port}
 
 
 def test_published_on_loopback_unless_told_otherwise(form: str) -> None:
@@ -144,7 +144,7 @@ def test_health_check_asks_a_probe_of_the_server(form: str, services: dict[str, 
     in_image = setting(TEACHER_IMAGES, form, "HEALTHCHECK")
     assert exec_form(in_image.split("CMD", 1)[1].strip()) == health["test"][1:]
     url = urlsplit(re.findall(r"http://[^']+", health["test"][-1])[0])
-    assert url.port == configured(form, services).http_port
+    assert url.port == configured(form, services).probe_port  # without TLS and key, whatever callers need
     front = Front(Lifecycle(stall_s=1.0, high_water=0.5))
     assert url.path == "/readyz"
     assert status(front, url.path) == 503  # starting: a probe, answered before there is an application
