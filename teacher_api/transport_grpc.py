@@ -6,6 +6,7 @@ Messages cross this file as bytes and are parsed here, so that a damaged one is 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -49,22 +50,55 @@ _WRITE_FAILED = "Internal error from Core"
 broke, mostly (github.com/grpc/grpc/issues/36066). Asked again, it shows what it was."""
 
 
+class _Link:
+    """One channel and its methods; retired, it is closed when its last call has ended."""
+
+    def __init__(self, target: str, secure: bool) -> None:
+        if secure:
+            self.channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=_OPTIONS)
+        else:
+            self.channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        self.info = self.channel.unary_unary(f"/{_SERVICE}/GetInfo")
+        self.score = self.channel.unary_unary(f"/{_SERVICE}/Score")
+        self.stream = self.channel.stream_stream(f"/{_SERVICE}/ScoreStream")
+        self.head = self.channel.unary_stream(f"/{_SERVICE}/GetHead")
+        self.calls = 0
+
+
 class GrpcTransport:
     """`target` is host:port. Keys are sent in the clear unless `secure`. gRPC itself has no zstd in Python, so that
-    `compression` is that of our own messages: frames, and requests in an envelope."""
+    `compression` is that of our own messages: frames, and requests in an envelope.
+
+    A connection that may be half-open, for a call got no answer in its time, is not used again: gRPC would put one call
+    after the other on it for as long as the system calls it open.
+    """
 
     def __init__(self, target: str, *, secure: bool, api_key: str | None, compression: Compression = "none") -> None:
         self._compression = compression
         self._target = target
+        self._secure = secure
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        if secure:
-            self._channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=_OPTIONS)
-        else:
-            self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        self._info = self._channel.unary_unary(f"/{_SERVICE}/GetInfo")
-        self._score = self._channel.unary_unary(f"/{_SERVICE}/Score")
-        self._stream = self._channel.stream_stream(f"/{_SERVICE}/ScoreStream")
-        self._head = self._channel.unary_stream(f"/{_SERVICE}/GetHead")
+        self._link = _Link(target, secure)
+        self._retired: set[_Link] = set()
+
+    @asynccontextmanager
+    async def _calling(self) -> AsyncIterator[_Link]:
+        """The link for one call. Raises what gRPC raised as a TeacherError."""
+        link = self._link
+        link.calls += 1
+        try:
+            yield link
+        except grpc.aio.AioRpcError as error:
+            found = self._error(error)
+            if isinstance(found, errors.DeadlineExceeded) and not found.request_id and link is self._link:
+                self._link = _Link(self._target, self._secure)
+                self._retired.add(link)
+            raise found from error
+        finally:
+            link.calls -= 1
+            if link in self._retired and not link.calls:
+                self._retired.discard(link)
+                await link.channel.close()
 
     def _call(self, timeout_s: float, request_id: str) -> dict[str, Any]:
         metadata = (*self._metadata, (REQUEST_ID, request_id), *tracing.headers().items())
@@ -72,17 +106,13 @@ class GrpcTransport:
 
     async def info(self, *, timeout_s: float, request_id: str, teacher: str = "") -> pb.TeacherInfo:
         asked = pb.GetInfoRequest(teacher=teacher).SerializeToString()
-        try:
-            data = await self._info(asked, **self._call(timeout_s, request_id))
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        async with self._calling() as link:
+            data = await link.info(asked, **self._call(timeout_s, request_id))
         return parse(pb.TeacherInfo, data)
 
     async def score(self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str) -> pb.ScoreResponse:
-        try:
-            data = await self._score(self._packed(request), **self._call(timeout_s, request_id))
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        async with self._calling() as link:
+            data = await link.score(self._packed(request), **self._call(timeout_s, request_id))
         return parse(pb.ScoreResponse, data)
 
     async def stream(
@@ -91,26 +121,24 @@ class GrpcTransport:
         async def once() -> AsyncIterator[bytes]:
             yield self._packed(request)
 
-        call = self._stream(once(), **self._call(timeout_s, request_id))
-        try:
-            async for data in call:
-                yield parse(pb.ScoreFrame, data)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
-        finally:
-            call.cancel()  # no effect on a call that has ended
+        async with self._calling() as link:
+            call = link.stream(once(), **self._call(timeout_s, request_id))
+            try:
+                async for data in call:
+                    yield parse(pb.ScoreFrame, data)
+            finally:
+                call.cancel()  # no effect on a call that has ended
 
     async def head(
         self, request: pb.GetHeadRequest, *, timeout_s: float, request_id: str
     ) -> AsyncIterator[pb.HeadChunk]:
-        call = self._head(request.SerializeToString(), **self._call(timeout_s, request_id))
-        try:
-            async for data in call:
-                yield parse(pb.HeadChunk, data)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
-        finally:
-            call.cancel()
+        async with self._calling() as link:
+            call = link.head(request.SerializeToString(), **self._call(timeout_s, request_id))
+            try:
+                async for data in call:
+                    yield parse(pb.HeadChunk, data)
+            finally:
+                call.cancel()
 
     def _packed(self, request: pb.ScoreRequest) -> bytes:
         if self._compression == "none":
@@ -119,7 +147,8 @@ class GrpcTransport:
         return pack_request(request)
 
     async def close(self) -> None:
-        await self._channel.close()
+        for link in (self._link, *self._retired):
+            await link.channel.close()
 
     def _error(self, error: grpc.aio.AioRpcError) -> TeacherError:
         for key, value in error.trailing_metadata() or ():
