@@ -71,6 +71,8 @@ class CallMetadata:
     tenant: str = ""
     experiment: str = ""
     run: str = ""
+    priority: str = ""
+    """interactive: before the bulk work of the same tenant; empty: bulk."""
 
 
 @dataclass(frozen=True, slots=True)

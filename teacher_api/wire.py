@@ -144,7 +144,10 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
         expect_fingerprint=request.expect_fingerprint,
         teacher=request.teacher,
         metadata=pb.CallMetadata(
-            tenant=request.metadata.tenant, experiment=request.metadata.experiment, run=request.metadata.run
+            tenant=request.metadata.tenant,
+            experiment=request.metadata.experiment,
+            run=request.metadata.run,
+            priority=request.metadata.priority,
         ),
     )
     if request.timeout_s is not None:
@@ -339,13 +342,13 @@ def _decode_options(message: pb.ScoreOptions) -> ScoreOptions:
 
 
 def _decode_metadata(message: pb.CallMetadata) -> CallMetadata:
-    for name in ("tenant", "experiment", "run"):
+    for name in ("tenant", "experiment", "run", "priority"):
         if len(getattr(message, name)) > MAX_METADATA_CHARS:
             raise InvalidRequest(
                 f"{len(getattr(message, name))} characters; expected at most {MAX_METADATA_CHARS}",
                 field=f"metadata.{name}",
             )
-    return CallMetadata(message.tenant, message.experiment, message.run)
+    return CallMetadata(message.tenant, message.experiment, message.run, message.priority)
 
 
 def _decode_timeout(message: pb.ScoreRequest) -> float | None:

@@ -1,91 +1,235 @@
-"""How much work is accepted: one budget of tokens and one of answer bytes. Work over the budget is refused with a
-time to come back (unary calls) or waits its turn in order (streams, which stop reading meanwhile). Bodies that are
-still being received have a budget of their own."""
+"""How much work is accepted: one budget of tokens to be computed and one of answer bytes, of which each experiment that
+wants some may hold its share. Work over it, or over its tenant's rate, is refused with a time to come back (unary
+calls) or waits its turn (streams, which stop reading meanwhile). Bodies that are still being received have a budget of
+their own.
+
+Invariants: nothing is held beyond the budgets; a caller alone may hold all of them; none can keep another from holding
+its share for longer than the engine takes to answer what was accepted before.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from teacher_api.errors import Overloaded, TooLarge
+from teacher_server.caller import SERVER, Caller
+from teacher_server.rates import TokenRate
 
 RETRY_AFTER_S = (0.05, 60.0)
 RETRY_AFTER_UNKNOWN_S = 1.0  # before the first batch tells how fast this teacher is, and for what it does not tell
 
 
+ACTIVE_S = 10.0
+"""For which an experiment that has asked for something, and holds nothing, is expected back."""
+SHARED = 0.75
+"""Of the budget that is divided among several callers. The rest is for whoever holds nothing: so a newcomer finds room,
+and a call that is larger than its caller's share too."""
+
+Flow = tuple[str, str]  # tenant, experiment
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
+    """Of a call or a sequence, and whose it is."""
+
     tokens: int
     num_bytes: int
+    caller: Caller = SERVER
+    call: Hashable = None
+    """What the same call has in common with itself when it comes again."""
+
+    @property
+    def flow(self) -> Flow:
+        return self.caller.tenant, self.caller.experiment
+
+
+@dataclass(slots=True)
+class _Held:
+    asked_at: float
+    tokens: int = 0
+    num_bytes: int = 0
 
 
 class Admission:
-    def __init__(self, max_tokens: int, max_bytes: int, tokens_per_s: Callable[[], float]) -> None:
+    """The two budgets.
+
+    Args:
+        tokens_per_s: speed of the engine, 0 where it is not known yet.
+        weight_of: a tenant's share, as a number beside the others'.
+        rate_of: tokens per second and burst that a tenant is held to; None: to none.
+        clock: that of the event loop.
+    """
+
+    def __init__(
+        self,
+        max_tokens: int,
+        max_bytes: int,
+        tokens_per_s: Callable[[], float],
+        *,
+        weight_of: Callable[[str], float] = lambda tenant: 1.0,
+        rate_of: Callable[[str], tuple[float, float] | None] = lambda tenant: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.max_tokens = max_tokens
         self.max_bytes = max_bytes
         self.tokens = 0
         self.num_bytes = 0
         self._tokens_per_s = tokens_per_s
-        self._waiting: deque[tuple[Cost, asyncio.Future[None]]] = deque()
+        self._weight_of, self._rate_of, self._clock = weight_of, rate_of, clock
+        self._flows: OrderedDict[Flow, _Held] = OrderedDict()  # those that want something, who asked longest ago first
+        self._experiments: Counter[str] = Counter()  # among them, by tenant
+        self._rates: dict[str, TokenRate] = {}
+        self._waiting: OrderedDict[Flow, deque[tuple[Cost, asyncio.Future[None]]]] = OrderedDict()
 
     @property
     def share(self) -> float:
         """Of the budget that is taken, 0 to 1."""
         return max(self.tokens / self.max_tokens, self.num_bytes / self.max_bytes)
 
+    def held_by_tenant(self) -> dict[str, int]:
+        """Tokens accepted and not yet answered."""
+        held: dict[str, int] = {}
+        for (tenant, _), one in self._flows.items():
+            held[tenant] = held.get(tenant, 0) + one.tokens
+        return held
+
+    @property
+    def num_flows(self) -> int:
+        """Experiments that want something, or did of late."""
+        return len(self._flows)
+
     def take(self, cost: Cost) -> None:
         """Takes `cost` at once. Raises Overloaded when it doesn't fit now, TooLarge when it never will."""
         self._check(cost)
+        self._ask(cost.flow)
         if not self._fits(cost):
+            raise Overloaded(self._full(cost), retry_after_s=self._retry_after_s(cost))
+        delay_s = self._delay_s(cost)
+        if delay_s > 0:
             raise Overloaded(
-                f"{self.tokens} tokens are in work; {cost.tokens} more would pass the bound of {self.max_tokens} "
-                f"tokens or {self.max_bytes} bytes of answers; come back later",
-                retry_after_s=self._retry_after_s(cost),
+                f"{cost.tokens} tokens more would pass the rate of tenant {cost.caller.tenant!r}; come back later",
+                retry_after_s=delay_s,
             )
         self._add(cost)
 
     async def wait(self, cost: Cost) -> None:
-        """Takes `cost` when there is room, first come first served. Raises TooLarge when it never will fit."""
+        """Takes `cost` when there is room: first come first served among an experiment's own, and among experiments
+        who holds least of its share. Raises TooLarge when it never will fit."""
         self._check(cost)
+        while (delay_s := self._delay_s(cost)) > 0:
+            await asyncio.sleep(delay_s)
+        flow = cost.flow
+        self._ask(flow)
         if not self._waiting and self._fits(cost):
             self._add(cost)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         place = (cost, turn)
-        self._waiting.append(place)
+        self._waiting.setdefault(flow, deque()).append(place)
+        self._grant()
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.give(cost)  # it was granted in the moment of the cancellation
             else:
-                self._waiting.remove(place)
+                self._waiting[flow].remove(place)
                 self._grant()
             raise
 
     def give(self, cost: Cost) -> None:
-        self.tokens -= cost.tokens
-        self.num_bytes -= cost.num_bytes
-        assert self.tokens >= 0, "more was given back than taken"
-        assert self.num_bytes >= 0, "more was given back than taken"
+        self._ask(cost.flow)
+        for one in (self, self._flows[cost.flow]):
+            one.tokens -= cost.tokens
+            one.num_bytes -= cost.num_bytes
+            assert one.tokens >= 0, "more was given back than taken"
+            assert one.num_bytes >= 0, "more was given back than taken"
         self._grant()
 
     def _grant(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][0]):
-            cost, turn = self._waiting.popleft()
-            if not turn.done():
-                self._add(cost)
-                turn.set_result(None)
+        while True:
+            for flow in [flow for flow, places in self._waiting.items() if not places]:
+                del self._waiting[flow]
+            if not self._waiting:
+                return
+            for flow in sorted(self._waiting, key=self._use):
+                cost, turn = self._waiting[flow][0]
+                if self._has_room(cost) and (turn.done() or self._is_within_share(cost)):
+                    self._waiting[flow].popleft()
+                    if not turn.done():
+                        self._add(cost)
+                        turn.set_result(None)
+                    break
+                if self._is_within_share(cost):
+                    return  # it waits for room, and nobody takes it from it
+            else:
+                return
 
     def _fits(self, cost: Cost) -> bool:
+        return self._has_room(cost) and self._is_within_share(cost)
+
+    def _has_room(self, cost: Cost) -> bool:
         return self.tokens + cost.tokens <= self.max_tokens and self.num_bytes + cost.num_bytes <= self.max_bytes
 
+    def _is_within_share(self, cost: Cost) -> bool:
+        held = self._flows[cost.flow]
+        if not (held.tokens or held.num_bytes):
+            return True
+        share = self._share_of(cost.flow)
+        tokens, num_bytes = held.tokens + cost.tokens, held.num_bytes + cost.num_bytes
+        return tokens <= share * self.max_tokens and num_bytes <= share * self.max_bytes
+
+    def _share_of(self, flow: Flow) -> float:
+        """Of the whole budget: by weight among the tenants that want something, equal among their experiments."""
+        if len(self._flows) <= 1:
+            return 1.0
+        weights = {tenant: self._weight_of(tenant) for tenant in self._experiments}
+        tenant = flow[0]
+        return SHARED * weights[tenant] / sum(weights.values()) / self._experiments[tenant]
+
+    def _use(self, flow: Flow) -> float:
+        held = self._flows[flow]
+        return max(held.tokens / self.max_tokens, held.num_bytes / self.max_bytes) / self._share_of(flow)
+
+    def _ask(self, flow: Flow) -> None:
+        """Notes that `flow` wants something, and forgets who long has not."""
+        now = self._clock()
+        if flow not in self._flows:
+            self._flows[flow] = _Held(now)
+            self._experiments[flow[0]] += 1
+        self._flows[flow].asked_at = now
+        self._flows.move_to_end(flow)
+        while now - (oldest := next(iter(self._flows.items())))[1].asked_at > ACTIVE_S:
+            if oldest[1].tokens or oldest[1].num_bytes or oldest[0] in self._waiting:
+                oldest[1].asked_at = now
+                self._flows.move_to_end(oldest[0])
+                continue
+            del self._flows[oldest[0]]
+            tenant = oldest[0][0]
+            self._experiments[tenant] -= 1
+            if not self._experiments[tenant]:
+                del self._experiments[tenant]
+
+    def _delay_s(self, cost: Cost) -> float:
+        """Seconds until the tenant's rate lets `cost` in; 0: it has."""
+        tenant = cost.caller.tenant
+        limit = self._rate_of(tenant)
+        if limit is None:
+            self._rates.pop(tenant, None)
+            return 0.0
+        rate = self._rates.setdefault(tenant, TokenRate(*limit))
+        rate.tokens_per_s, rate.burst_tokens = limit
+        return rate.ask(cost.tokens, (cost.caller.experiment, cost.caller.run, cost.call), self._clock())
+
     def _add(self, cost: Cost) -> None:
-        self.tokens += cost.tokens
-        self.num_bytes += cost.num_bytes
+        for one in (self, self._flows[cost.flow]):
+            one.tokens += cost.tokens
+            one.num_bytes += cost.num_bytes
 
     def _check(self, cost: Cost) -> None:
         if cost.tokens > self.max_tokens or cost.num_bytes > self.max_bytes:
@@ -93,6 +237,19 @@ class Admission:
                 f"{cost.tokens} tokens and {cost.num_bytes} bytes of answer at once; this server accepts "
                 f"{self.max_tokens} tokens and {self.max_bytes} bytes: send fewer completions, or fewer values of each"
             )
+
+    def _full(self, cost: Cost) -> str:
+        if not self._has_room(cost):
+            return (
+                f"{self.tokens} tokens are in work; {cost.tokens} more would pass the bound of {self.max_tokens} "
+                f"tokens or {self.max_bytes} bytes of answers; come back later"
+            )
+        share = self._share_of(cost.flow)
+        return (
+            f"{self._flows[cost.flow].tokens} tokens of this experiment are in work; {cost.tokens} more would pass its "
+            f"share of {int(share * self.max_tokens)} tokens or {int(share * self.max_bytes)} bytes of answers while "
+            "others want theirs; come back later"
+        )
 
     def _retry_after_s(self, cost: Cost) -> float:
         rate = self._tokens_per_s()

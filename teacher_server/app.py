@@ -166,9 +166,9 @@ class App:
             from teacher_server.auth import KeyRing
 
             logs.configure(self._config.log_format, self._config.log_level)
-            keys = KeyRing.of(self._config)
             self._tracing = open_tracing(self._config)
             core = service.TeacherService(self._config, self.lifecycle, self._tracing)
+            keys = KeyRing.of(self._config, core.tenants)
             if self._config.metrics_port is not None:
                 from teacher_server.metrics import MetricsServer
 

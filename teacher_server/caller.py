@@ -15,7 +15,9 @@ from teacher_api.wire import MAX_METADATA_CHARS
 
 DEFAULT_TENANT = "default"
 """Of everybody where there are no keys, and of the keys that name no tenant."""
-HEADERS = {"tenant": "preceptor-tenant", "experiment": "preceptor-experiment", "run": "preceptor-run"}
+PRIORITIES = ("interactive", "bulk")
+"""In the order in which a tenant's work is done."""
+HEADERS = {name: f"preceptor-{name}" for name in ("tenant", "experiment", "run", "priority")}
 """HTTP headers and gRPC metadata by which a call says who it is for; the request's own `metadata` goes before them."""
 
 
@@ -26,6 +28,8 @@ class Caller:
     run: str = ""
     is_admin: bool = False
     """May see what other tenants do."""
+    priority: str = "bulk"
+    """One of PRIORITIES: whether its own tenant's other work waits for it."""
 
     def named(self, metadata: CallMetadata) -> Caller:
         """This caller, in the experiment and run that `metadata` names.
@@ -34,7 +38,7 @@ class Caller:
             InvalidRequest: a name is too long, or holds characters that can't be shown.
             PermissionDenied: it names another tenant.
         """
-        for name in HEADERS:
+        for name in ("tenant", "experiment", "run"):
             value = getattr(metadata, name)
             if len(value) > MAX_METADATA_CHARS:
                 raise InvalidRequest(f"longer than {MAX_METADATA_CHARS} characters", field=f"metadata.{name}")
@@ -53,3 +57,7 @@ class Caller:
     def from_headers(self, headers: Mapping[str, str]) -> Caller:
         """As `named`, from headers or gRPC metadata with lower-case names."""
         return self.named(CallMetadata(**{name: headers.get(header, "") for name, header in HEADERS.items()}))
+
+
+SERVER = Caller("(server)")
+"""Whose the server's own checks are; no tenant can be called so."""

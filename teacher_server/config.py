@@ -3,12 +3,14 @@ Defaults live here and nowhere else; checks that need a loaded model are made in
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from teacher_api.settings import Section
+from teacher_server.tenants import Tenant, check_tenants
 
 MIB = 1 << 20
 VLLM_MASTER_PORT = 29501  # vLLM's default
@@ -193,6 +195,17 @@ class ServerConfig(Section):
     api_keys: tuple[SecretStr, ...] = ()
     """Keys of which a caller must send one as `authorization: Bearer …`; none: everybody may call. Better given as
     TEACHER_API_KEYS or in a file than on the command line, where other users of the machine can read them."""
+    tenants: dict[str, Tenant] = Field(default_factory=dict)
+    """Who shares the server, by name: keys, weight, rate. In YAML, or as TEACHER_TENANTS in JSON."""
+    tenants_file: str = ""
+    """The same in a YAML file of its own, under `tenants:`, which is read again when it changes."""
+    anonymous: bool = False
+    """Also listen on an address that is not loopback when there are no keys: whoever reaches it may then call."""
+    usage_file: str = ""
+    """SQLite file that keeps what each tenant's experiments used, over restarts; empty: kept until the server ends."""
+    contended_s: float = Field(default=0.25, gt=0, le=3600)
+    """While several callers want something: seconds of work that the engine is given at a time, so that none waits
+    longer for what another sent before. Alone, a caller gets whole batches."""
     share_head: Literal["none", "all", "keys"] = "none"
     """Who may download the model's output head, which with hidden states gives the teacher's whole distribution:
     nobody, everybody who may call, or the callers with one of `head_keys`."""
@@ -293,6 +306,26 @@ class ServerConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _known_callers(self) -> ServerConfig:
+        check_tenants(self.tenants)
+        if self.tenants and self.tenants_file:
+            raise ValueError("tenants and tenants_file are both given; expected one of them")
+        is_open = not self.needs_key
+        if is_open and not (self.anonymous or _is_loopback(self.host)):
+            raise ValueError(
+                f"host {self.host} is reached from elsewhere, and there are no keys; expected api_keys, tenants or "
+                "tenants_file, a loopback address, or --anonymous to let everybody call"
+            )
+        if self.anonymous and not is_open:
+            raise ValueError("anonymous has no meaning beside keys")
+        return self
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether callers must have a key."""
+        return bool(self.api_keys or self.tenants_file or any(tenant.keys for tenant in self.tenants.values()))
+
+    @model_validator(mode="after")
     def _fits(self) -> ServerConfig:
         if self.max_sequence_tokens > self.queue_tokens:
             raise ValueError(
@@ -350,3 +383,10 @@ class ServerConfig(Section):
     @property
     def display_name(self) -> str:
         return self.model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -75,11 +75,11 @@ class Writer:
         generator = self._service.generator
         if generator is None:
             raise Unsupported("this server only scores; one started with --generate also writes", field="max_tokens")
-        cost = _cost(jobs, options, info)
+        cost = _cost(jobs, options, info, caller)
         self._admission.take(cost)
         with contextlib.ExitStack() as held:
             held.callback(self._admission.give, cost)
-            self._service.admission.take(cost)
+            self._service.admit(cost)
             held.callback(self._service.admission.give, cost)
             yield await self._all(generator, jobs, options, info, caller)
 
@@ -161,7 +161,7 @@ def _scoring_of(job: GenerationJob, generated: Generated, options: ScoreOptions)
     )
 
 
-def _cost(jobs: Sequence[GenerationJob], options: ScoreOptions | None, info: TeacherInfo) -> Cost:
+def _cost(jobs: Sequence[GenerationJob], options: ScoreOptions | None, info: TeacherInfo, caller: Caller) -> Cost:
     """As many tokens and bytes as the jobs may come to.
 
     Raises:
@@ -179,4 +179,4 @@ def _cost(jobs: Sequence[GenerationJob], options: ScoreOptions | None, info: Tea
             "fewer tokens, completions or logprobs",
             field="max_tokens",
         )
-    return Cost(sum(len(job.prompt_ids) + job.max_tokens for job in jobs), num_bytes)
+    return Cost(sum(len(job.prompt_ids) + job.max_tokens for job in jobs), num_bytes, caller)

@@ -37,6 +37,7 @@ from teacher_server.counts import OK, Outcome
 from teacher_server.http_coding import accepts_zstd, coded, coded_pieces, coding_headers
 from teacher_server.http_requests import JSON, PROTOBUF, caller_of, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames, Whole
+from teacher_server.http_usage import add_usage
 from teacher_server.openai_errors import openai_error, speaks_openai
 from teacher_server.openapi import describe
 from teacher_server.problem import REQUEST_ID_HEADER, problem, request_id_of
@@ -66,6 +67,7 @@ def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
     app.add_exception_handler(HTTPException, _http_exception)
     _add_routes(app, service)
     _add_head(app, service)
+    add_usage(app, service)
     openai_api.add_routes(app, service)
     describe(app, generate=service.config.generate)
     return _Envelope(app, keys, service)

@@ -3,7 +3,7 @@ byte arrays, small k only. Strict: no coercion, no unknown keys, no NaN."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -47,6 +47,8 @@ class JsonMetadata(_Strict):
     tenant: str = ""
     experiment: str = ""
     run: str = ""
+    priority: Literal["", "interactive", "bulk"] = ""
+    """interactive: before the bulk work of the same tenant; empty: bulk."""
 
 
 class JsonScoreRequest(_Strict):

@@ -8,39 +8,27 @@ makes its batch fail fails alone. The queue is a seam: a fairer one has the same
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
 from typing import Protocol
 
 import structlog
 
-from teacher_api.errors import BackendFailed, DeadlineExceeded, InvalidBackendOutput, TeacherError
+from teacher_api.errors import BackendFailed, Cancelled, DeadlineExceeded, InvalidBackendOutput, TeacherError
 from teacher_api.tracing import Tracing
 from teacher_api.types import Scores
 from teacher_server.backends.base import BatchPolicy, ScoreJob, ScoringBackend
-from teacher_server.caller import Caller
-from teacher_server.forwards import UNMARKED, Forwards, Mark
+from teacher_server.batching import Entry, Result
+from teacher_server.caller import SERVER, Caller
+from teacher_server.fair import FairQueue, within
+from teacher_server.forwards import Forwards
 
 log = structlog.get_logger("teacher_server.scheduler")
 
-Result = Scores | TeacherError
-WINDOW = 256  # jobs behind the oldest one among which its company is looked for
-MAX_PADDING = 0.25  # share of a batch's padded tokens that may be padding
 RATE_HALF_LIFE = 0.8  # weight of the past in the moving average of tokens per second
-
-
-OWN = Caller()
-"""Whose the server's own checks are."""
-
-
-@dataclass(eq=False, slots=True)
-class Entry:
-    job: ScoreJob
-    future: asyncio.Future[Result]
-    caller: Caller = OWN
-    mark: Mark = UNMARKED
+RECENT_S = 5.0  # for which a caller that has no work now is expected back
+LEAST_TOKENS = 256  # in the engine at a time, however slow it is
 
 
 class JobQueue(Protocol):
@@ -49,80 +37,62 @@ class JobQueue(Protocol):
     def put(self, entry: Entry) -> None: ...
     def discard(self, entry: Entry) -> None: ...
     def take(self, policy: BatchPolicy) -> list[Entry]: ...
+    def settle(self, entry: Entry, computed_tokens: int) -> None: ...
     def __len__(self) -> int: ...
 
 
-class FifoQueue:
-    """The oldest job is always next; among the jobs close behind it those of the same prompt, then those of similar
-    length join its batch."""
+class Ledger(Protocol):
+    """Is told what was done, and for whom."""
 
-    def __init__(self) -> None:
-        self._entries: dict[Entry, None] = {}
-
-    def put(self, entry: Entry) -> None:
-        self._entries[entry] = None
-
-    def discard(self, entry: Entry) -> None:
-        self._entries.pop(entry, None)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def take(self, policy: BatchPolicy) -> list[Entry]:
-        """At least one entry, from a queue that is not empty; at most what `policy` allows, unless the oldest job is
-        longer than a whole batch: then that one alone."""
-        window = list(islice(self._entries, WINDOW))
-        batch = _company(window[0], window[1:], policy)
-        for entry in batch:
-            del self._entries[entry]
-        return batch
-
-
-def _company(head: Entry, others: Iterable[Entry], policy: BatchPolicy) -> list[Entry]:
-    def distance(entry: Entry) -> tuple[bool, int]:
-        same_prompt = bool(head.job.prompt_key) and entry.job.prompt_key == head.job.prompt_key
-        return (not same_prompt, abs(entry.job.num_tokens - head.job.num_tokens))
-
-    batch, longest, total, saved = [head], head.job.num_tokens, head.job.num_tokens, 0
-    prompts = {head.job.prompt_key}
-    for entry in sorted(others, key=distance):
-        if len(batch) >= policy.max_sequences:
-            break
-        new_longest = max(longest, entry.job.num_tokens)
-        padded, new_total = new_longest * (len(batch) + 1), total + entry.job.num_tokens
-        again = policy.shares_prompts and bool(entry.job.prompt_key) and entry.job.prompt_key in prompts
-        new_saved = saved + (entry.job.prompt_tokens if again else 0)
-        if padded - new_saved > policy.max_tokens or padded - new_total > MAX_PADDING * padded:
-            continue
-        batch.append(entry)
-        longest, total, saved = new_longest, new_total, new_saved
-        prompts.add(entry.job.prompt_key)
-    first_of_prompt: dict[bytes, int] = {}
-    for place, entry in enumerate(batch):
-        first_of_prompt.setdefault(entry.job.prompt_key, place)
-    return sorted(batch, key=lambda entry: first_of_prompt[entry.job.prompt_key])
+    def served(self, caller: Caller, answer: Result, engine_s: float) -> None: ...
 
 
 class Scheduler:
+    """Feeds one backend.
+
+    Args:
+        queue: who is next; None: everybody by a fair share.
+        ledger: is told what was done.
+        contended_s: how much work the engine holds, in seconds of its speed, while several callers want some.
+        clock: seconds, of the event loop.
+    """
+
     def __init__(
-        self, backend: ScoringBackend, queue: JobQueue | None = None, forwards: Forwards | None = None
+        self,
+        backend: ScoringBackend,
+        queue: JobQueue | None = None,
+        forwards: Forwards | None = None,
+        *,
+        ledger: Ledger | None = None,
+        contended_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend = backend
+        self._ledger = ledger
+        self._contended_s = contended_s
+        self._clock = clock
         self._forwards = Forwards(Tracing()) if forwards is None else forwards
-        self._queue: JobQueue = FifoQueue() if queue is None else queue
+        self._queue: JobQueue = FairQueue() if queue is None else queue
         self._arrived = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._in_engine = 0  # tokens
+        self._last: tuple[str, str, str] | None = None  # who came last,
+        self._last_at = self._other_at = -math.inf  # when, and when somebody else did
         self._slots = asyncio.Semaphore(backend.policy.max_concurrent_batches)
         self._running = 0  # batches
-        self._progress_at = time.monotonic()
+        self._progress_at = clock()
         self.tokens_per_s = 0.0
 
-    def submit(self, job: ScoreJob, deadline: float, caller: Caller = OWN) -> asyncio.Future[Result]:
+    def submit(
+        self, job: ScoreJob, deadline: float, caller: Caller = SERVER, *, tokens: int = 0, call_tokens: int = 0
+    ) -> asyncio.Future[Result]:
         """Queues `job`; its future gets the scores or a typed error, at the latest at `deadline` (event-loop time).
-        Cancelling the future takes the job out of the queue."""
+        Cancelling the future takes the job out of the queue. `tokens` and `call_tokens` are as of Entry."""
         loop = asyncio.get_running_loop()
         if not len(self._queue) and not self._running:
-            self._progress_at = time.monotonic()
-        entry = Entry(job, loop.create_future(), caller, self._forwards.queued())
+            self._progress_at = self._clock()
+        entry = Entry(job, loop.create_future(), caller, self._forwards.queued(), tokens, call_tokens)
+        self._saw(caller)
         timer = loop.call_at(deadline, _expire, entry)
 
         def done(_: asyncio.Future[Result]) -> None:
@@ -137,37 +107,78 @@ class Scheduler:
     @property
     def idle_s(self) -> float:
         """Seconds since a batch finished while there is work, 0 without work."""
-        return time.monotonic() - self._progress_at if len(self._queue) or self._running else 0.0
+        return self._clock() - self._progress_at if len(self._queue) or self._running else 0.0
+
+    def _saw(self, caller: Caller) -> None:
+        who = (caller.tenant, caller.experiment, caller.priority)
+        if who != self._last:
+            self._last, self._other_at = who, self._last_at
+        self._last_at = self._clock()
+
+    def _room(self) -> float:
+        """Tokens that the engine may be given now. Among several callers it holds little at a time, so that nobody
+        waits long for what another sent before."""
+        if self._clock() - self._other_at > RECENT_S or not self.tokens_per_s:
+            return math.inf
+        return max(self._contended_s * self.tokens_per_s, LEAST_TOKENS) - self._in_engine
 
     async def run(self) -> None:
         """Feeds the backend until cancelled."""
         async with asyncio.TaskGroup() as group:
             while True:
                 await self._slots.acquire()
-                while not len(self._queue):
-                    self._arrived.clear()
-                    await self._arrived.wait()
-                batch = [entry for entry in self._queue.take(self._backend.policy) if not entry.future.done()]
+                await self._until_there_is_work()
+                policy = within(self._backend.policy, max(self._room(), 1))
+                batch = [entry for entry in self._queue.take(policy) if not entry.future.done()]
                 if batch:
                     self._running += 1
+                    self._in_engine += sum(entry.tokens for entry in batch)
                     group.create_task(self._run_batch(batch))
                 else:
                     self._slots.release()
 
+    async def _until_there_is_work(self) -> None:
+        """And room for it in the engine."""
+        while True:
+            if not len(self._queue):
+                self._arrived.clear()
+                await self._arrived.wait()
+            elif self._running and self._room() <= 0:
+                self._ended.clear()
+                await self._ended.wait()
+            else:
+                return
+
     async def _run_batch(self, batch: list[Entry]) -> None:
-        started, tokens = time.monotonic(), sum(entry.job.num_tokens for entry in batch)
+        started, tokens = self._clock(), sum(entry.tokens for entry in batch)
         self._forwards.began()
         try:
             await self._score(batch)
         finally:
-            self._progress_at = time.monotonic()
+            self._progress_at = self._clock()
+            took_s = max(self._progress_at - started, 1e-6)
             self._forwards.ended([entry.mark for entry in batch], started, tokens)
-            of_this = tokens / max(self._progress_at - started, 1e-6)
-            rate = of_this * self._running  # those beside it are as fast, more or less
+            self._settle(batch, took_s / self._running)
+            rate = tokens / took_s * self._running  # those beside it are as fast, more or less
             self._running -= 1
+            self._in_engine -= tokens
             self._slots.release()
+            self._ended.set()
             past = RATE_HALF_LIFE if self.tokens_per_s else 0.0
             self.tokens_per_s = past * self.tokens_per_s + (1 - past) * rate
+
+    def _settle(self, batch: list[Entry], engine_s: float) -> None:
+        """Charges each caller what was done for it: the tokens that were computed, and its part of the time."""
+        total = sum(entry.tokens for entry in batch)
+        for entry in batch:
+            if not entry.future.done() or entry.future.cancelled():  # of no use to anybody, and done nevertheless
+                answer: Result = Cancelled("the caller had gone")
+            else:
+                answer = entry.future.result()
+                if isinstance(answer, Scores) and answer.computed_tokens + answer.cached_tokens:
+                    self._queue.settle(entry, answer.computed_tokens)
+            if self._ledger is not None and entry.caller is not SERVER:
+                self._ledger.served(entry.caller, answer, engine_s * entry.tokens / total)
 
     async def _score(self, batch: list[Entry]) -> None:
         try:

@@ -21,11 +21,14 @@ from teacher_api.tracing import Tracing
 from teacher_api.types import ScoreOptions, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Admission, Cost, Receiving
+from teacher_server.auth import tenants_of
 from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.backends.generation import Generator
+from teacher_server.batching import tokens_to_compute
 from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.counts import Counts
+from teacher_server.fair import FairQueue
 from teacher_server.forwards import Forwards
 from teacher_server.head_share import (
     HeadAccess,
@@ -40,6 +43,7 @@ from teacher_server.identity import teacher_infos
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.output_check import checked
 from teacher_server.scheduler import Scheduler
+from teacher_server.usage import Usage
 from teacher_server.validation import answer_bytes, check_fingerprint, jobs_of
 
 RETRY_WHILE_STARTING_S = 1.0
@@ -75,7 +79,15 @@ class TeacherService:
         self.open_streams = 0
         self._head_access = HeadAccess(config)
         self._head_file: HeadFile | None = None
-        self.admission = Admission(config.queue_tokens, config.queue_bytes, self._tokens_per_s)
+        self.tenants = tenants_of(config)
+        self.usage = Usage(config.usage_file)
+        self.admission = Admission(
+            config.queue_tokens,
+            config.queue_bytes,
+            self._tokens_per_s,
+            weight_of=self.tenants.weight_of,
+            rate_of=self.tenants.rate_of,
+        )
         self.receiving = Receiving(config.receiving_bytes)
         lifecycle.watch_work(lambda: self.idle_s, lambda: self.admission.share)
 
@@ -102,9 +114,16 @@ class TeacherService:
                 f"queue_tokens {self.config.queue_tokens} is below the model's longest sequence of "
                 f"{info.max_sequence_tokens} tokens; raise queue_tokens or lower max_sequence_tokens"
             )
-        self._scheduler = scheduler = Scheduler(backend, forwards=self.forwards)
+        self._scheduler = scheduler = Scheduler(
+            backend,
+            FairQueue(self.tenants.weight_of),
+            self.forwards,
+            ledger=self.usage,
+            contended_s=self.config.contended_s,
+        )
         self._backend = backend
-        tasks = [asyncio.create_task(scheduler.run())]
+        watching = asyncio.create_task(self.tenants.watch())
+        tasks = [asyncio.create_task(scheduler.run()), asyncio.create_task(self.usage.keep())]
         scratch = tempfile.TemporaryDirectory(prefix="teacher-head-") if self.config.share_head != "none" else None
         try:
             for name, each in infos.items():
@@ -116,9 +135,9 @@ class TeacherService:
             tasks.append(asyncio.create_task(self._watch_engine(backend)))
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
+            for task in (watching, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(watching, *tasks, return_exceptions=True)
             if scratch is not None:
                 scratch.cleanup()
 
@@ -252,27 +271,51 @@ class TeacherService:
                 field="completions",
             )
         deadline = self.deadline(decoded.request, transport_s)
-        cost = Cost(sum(job.num_tokens for job in good), sum(sizes))
-        self.admission.take(cost)
+        tokens = tokens_to_compute(good, shares_prompts=self._shares_prompts)
+        cost = Cost(sum(tokens), sum(sizes), caller, hash((*decoded.ids,)))
+        self.admit(cost)
         try:
-            results = iter(await self._counted(jobs, good, deadline, caller))
+            results = iter(await self._counted(jobs, good, tokens, deadline, caller))
             yield _paired(decoded.ids, jobs, results, info.fingerprint)  # not kept here while they are sent
         finally:
             self.admission.give(cost)
 
     async def _counted(
-        self, jobs: Sequence[ScoreJob | TeacherError], good: Sequence[ScoreJob], deadline: float, caller: Caller
+        self,
+        jobs: Sequence[ScoreJob | TeacherError],
+        good: Sequence[ScoreJob],
+        tokens: Sequence[int],
+        deadline: float,
+        caller: Caller,
     ) -> list[Scores | TeacherError]:
         for job in jobs:
             if isinstance(job, TeacherError):
                 self.counts.refused(job, caller.tenant)
         with self.counts.scoring(len(good), caller.tenant) as done:
-            done.extend(await self._run(good, deadline, caller))
+            done.extend(await self._run(good, tokens, deadline, caller))
         return done
 
-    async def _run(self, jobs: Sequence[ScoreJob], deadline: float, caller: Caller) -> list[Scores | TeacherError]:
+    def admit(self, cost: Cost) -> None:
+        """Takes `cost` at once, or refuses and notes what was refused. Raises Overloaded or TooLarge."""
+        try:
+            self.admission.take(cost)
+        except Overloaded:
+            self.usage.refused(cost.caller, cost.tokens)
+            raise
+
+    @property
+    def _shares_prompts(self) -> bool:
+        return self._backend is not None and self._backend.policy.shares_prompts
+
+    async def _run(
+        self, jobs: Sequence[ScoreJob], tokens: Sequence[int], deadline: float, caller: Caller
+    ) -> list[Scores | TeacherError]:
         assert self._scheduler is not None, "ready without a scheduler"
-        futures = [self._scheduler.submit(job, deadline, caller) for job in jobs]
+        submit, call_tokens = self._scheduler.submit, sum(tokens)
+        futures = [
+            submit(job, deadline, caller, tokens=each, call_tokens=call_tokens)
+            for job, each in zip(jobs, tokens, strict=True)
+        ]
         try:
             results = [await future for future in futures]
         finally:

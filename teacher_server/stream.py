@@ -145,7 +145,7 @@ class StreamSession:
             if isinstance(job, TeacherError):
                 self._refuse(name, job, None, info.fingerprint)
                 continue
-            cost = Cost(job.num_tokens, answer_bytes(job, info))
+            cost = Cost(job.num_tokens, answer_bytes(job, info), caller, (job.id,))
             await self._start(job, cost, deadline, caller, info.fingerprint)
 
     def _refuse(self, name: str, error: TeacherError, job: ScoreJob | None, fingerprint: str) -> None:

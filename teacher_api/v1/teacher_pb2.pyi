@@ -92,14 +92,16 @@ class ScoreOptions(_message.Message):
     def __init__(self, top_k: _Optional[int] = ..., full_vocabulary: bool = ..., temperature: _Optional[float] = ..., value_type: _Optional[_Union[DType, str]] = ..., entropy: bool = ..., rank: bool = ..., hidden: bool = ..., hidden_type: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class CallMetadata(_message.Message):
-    __slots__ = ("tenant", "experiment", "run")
+    __slots__ = ("tenant", "experiment", "run", "priority")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     experiment: str
     run: str
-    def __init__(self, tenant: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
+    priority: str
+    def __init__(self, tenant: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ..., priority: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("prompts", "completions", "options", "expect_fingerprint", "metadata", "timeout_s", "teacher", "compression", "packed")

@@ -139,7 +139,7 @@ WRONG = [
     (["--model", "fake", "--modle", "x"], 2, "did you mean model"),
     (["--backend", "fake"], 2, "model"),
     (["--model", "fake", "--batch-tokens", "0"], 2, "batch_tokens"),
-    (["--model", "fake", "--backend", "fake", "--host", "203.0.113.1"], 1, "cannot listen"),
+    (["--model", "fake", "--backend", "fake", "--host", "203.0.113.1", "--anonymous"], 1, "cannot listen"),
     (["--config", "/nowhere/config.yaml"], 2, "/nowhere/config.yaml"),
     (["--model", "fake", "--backend", "fake", "--announce-file", "/nowhere/ready"], 1, "/nowhere"),
     (["--model", "fake", "--backend", "fake", "--announce-file", "/tmp"], 1, "/tmp"),

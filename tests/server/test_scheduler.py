@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from teacher_api.errors import BackendFailed, DeadlineExceeded, InvalidBackendOutput, TeacherError
 from teacher_api.types import ScoreOptions, Scores
 from teacher_server.backends.base import BatchPolicy, ModelFacts, ScoreJob, ScoringBackend
-from teacher_server.scheduler import MAX_PADDING, Entry, FifoQueue, Scheduler
+from teacher_server.batching import MAX_PADDING, Entry
+from teacher_server.fair import FairQueue
+from teacher_server.scheduler import Scheduler
 
 
 def job(name: str, num_tokens: int = 4, prompt_key: bytes = b"") -> ScoreJob:
@@ -63,7 +65,7 @@ class Recorder(ScoringBackend):
 def entries(jobs: Sequence[ScoreJob]) -> list[Entry]:
     loop = asyncio.new_event_loop()
     try:
-        return [Entry(one, loop.create_future()) for one in jobs]
+        return [Entry(one, loop.create_future(), call_tokens=1) for one in jobs]
     finally:
         loop.close()
 
@@ -76,7 +78,7 @@ def entries(jobs: Sequence[ScoreJob]) -> list[Entry]:
 )
 def test_batches_keep_to_the_policy_and_take_everything_once(lengths, max_tokens, max_sequences):
     policy = BatchPolicy(max_tokens, max_sequences)
-    queue, waiting = FifoQueue(), entries([job(str(n), length) for n, length in enumerate(lengths)])
+    queue, waiting = FairQueue(), entries([job(str(n), length) for n, length in enumerate(lengths)])
     for entry in waiting:
         queue.put(entry)
     taken: list[str] = []
@@ -93,7 +95,7 @@ def test_batches_keep_to_the_policy_and_take_everything_once(lengths, max_tokens
 
 
 def test_jobs_of_one_prompt_go_together_and_stand_side_by_side():
-    queue = FifoQueue()
+    queue = FairQueue()
     for entry in entries([job("a0", 8, b"A"), job("b0", 8, b"B"), job("a1", 8, b"A"), job("b1", 8, b"B")]):
         queue.put(entry)
     assert [entry.job.id for entry in queue.take(BatchPolicy(16, 8))] == ["a0", "a1"]
@@ -233,7 +235,7 @@ def test_a_shared_prompt_counts_once_where_the_backend_computes_it_once():
         ]
 
     def first_batch(policy: BatchPolicy) -> list[str]:
-        queue = FifoQueue()
+        queue = FairQueue()
         for entry in entries([*group("a", 6), *group("b", 2), job("c", 120)]):
             queue.put(entry)
         return [entry.job.id for entry in queue.take(policy)]
