@@ -72,7 +72,7 @@ def configured(folder: str, workload: dict[str, Any], ordinal: int | None = None
     fields = {"metadata.labels['apps.kubernetes.io/pod-index']": str(ordinal)}
     for variable in asked["env"]:
         environment[variable["name"]] = variable.get("value") or fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
-    environment["TEACHER_CONFIG"] = "/dev/null"
+    environment |= {"TEACHER_CONFIG": "/dev/null", "TEACHER_API_KEY": "in place of the secret's"}
     return server_config(environment, Path("/dev/null"))
 
 
