@@ -25,6 +25,7 @@ from teacher_api.errors import (
     InvalidRequest,
     NotFound,
     TeacherError,
+    Unauthenticated,
     Unavailable,
     Unsupported,
 )
@@ -37,6 +38,7 @@ from teacher_server.counts import OK, Outcome
 from teacher_server.http_coding import accepts_zstd, coded, coded_pieces, coding_headers
 from teacher_server.http_requests import JSON, PROTOBUF, caller_of, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames, Whole
+from teacher_server.http_status import add_status, refusing_page, wants_page
 from teacher_server.http_usage import add_usage
 from teacher_server.openai_errors import openai_error, speaks_openai
 from teacher_server.openapi import describe
@@ -68,6 +70,7 @@ def build(service: TeacherService, keys: KeyRing) -> ASGIApp:
     _add_routes(app, service)
     _add_head(app, service)
     add_usage(app, service)
+    add_status(app, service)
     openai_api.add_routes(app, service)
     describe(app, generate=service.config.generate)
     return _Envelope(app, keys, service)
@@ -243,7 +246,10 @@ class _Envelope:
             outcome.refused(error)
             if started:
                 raise  # too late for a status: the connection is cut, and the caller sees an answer without its end
-            await _send_error(error, scope["path"], request_id, with_id)
+            if isinstance(error, Unauthenticated) and wants_page(scope["path"], headers):
+                await refusing_page(error)(scope, receive, with_id)
+            else:
+                await _send_error(error, scope["path"], request_id, with_id)
         except asyncio.CancelledError:  # the grace is over; uvicorn would say 500, which nobody asks again after
             outcome.name = Unavailable.kind
             if started:

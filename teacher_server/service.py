@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from teacher_server.head_share import (
     offered,
     write_head,
 )
+from teacher_server.history import History
 from teacher_server.identity import teacher_infos
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.output_check import checked
@@ -75,6 +77,7 @@ class TeacherService:
         self._scheduler: Scheduler | None = None
         self._backend: ScoringBackend | None = None
         self.counts = Counts()
+        self.began = time.monotonic()
         self.generator: Generator | None = None  # what writes text, once the model is loaded
         self.open_streams = 0
         self._head_access = HeadAccess(config)
@@ -89,6 +92,7 @@ class TeacherService:
             rate_of=self.tenants.rate_of,
         )
         self.receiving = Receiving(config.receiving_bytes)
+        self.history = History(self.counts, lambda: self.admission.tokens, self.admission.held_by_tenant)
         lifecycle.watch_work(lambda: self.idle_s, lambda: self.admission.share)
 
     def _tokens_per_s(self) -> float:
@@ -133,6 +137,7 @@ class TeacherService:
             self._infos = infos
             self.lifecycle.become_ready()
             tasks.append(asyncio.create_task(self._watch_engine(backend)))
+            tasks.append(asyncio.create_task(self.history.run()))
             await asyncio.gather(*tasks)
         finally:
             for task in (watching, *tasks):

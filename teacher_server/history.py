@@ -1,0 +1,115 @@
+"""The last hour in steps of ten seconds, of the whole server and of each tenant: what was scored, how requests ended,
+how full the queue was. Reads counts.py; the page for people is made of it (status.py).
+
+Memory is bounded: POINTS steps of each series, a series for each tenant that has called, and tenants are configured.
+Sampled and read on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+
+from teacher_server.counts import OK, Counts, Work
+from teacher_server.histogram import quantile
+
+STEP_S = 10.0
+POINTS = 360
+LATENCY_POINTS = 30
+"""Of the requests whose durations are shown: five minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Of one step: differences, but for `queued`, which is what was in the queue at its end."""
+
+    computed: int
+    cached: int
+    queued: int
+    outcomes: dict[str, int]  # of the requests for scores that ended in it; none that is 0
+
+    @property
+    def answered(self) -> int:
+        return self.outcomes.get(OK, 0)
+
+    @property
+    def refused(self) -> int:
+        return sum(self.outcomes.values()) - self.answered
+
+
+@dataclass(slots=True)
+class Series:
+    """Of one Work, newest last."""
+
+    points: deque[Point] = field(default_factory=lambda: deque(maxlen=POINTS))
+    _took: deque[list[int]] = field(default_factory=lambda: deque(maxlen=LATENCY_POINTS))  # at the begin of each step
+    _computed: int = 0
+    _cached: int = 0
+    _outcomes: dict[str, int] = field(default_factory=dict)
+
+    def sample(self, work: Work, queued: int) -> None:
+        now = dict(work.requests.by_outcome)
+        ended = {name: number - self._outcomes.get(name, 0) for name, number in now.items()}
+        self.points.append(
+            Point(
+                work.computed_tokens - self._computed,
+                work.cached_tokens - self._cached,
+                queued,
+                {name: number for name, number in ended.items() if number},
+            )
+        )
+        self._computed, self._cached, self._outcomes = work.computed_tokens, work.cached_tokens, now
+        self._took.append(list(work.took.counts))
+
+    def last(self, number: int) -> list[Point]:
+        return list(islice(self.points, max(len(self.points) - number, 0), None))
+
+    def outcomes(self) -> dict[str, int]:
+        """Within all points."""
+        found: Counter[str] = Counter()
+        for point in self.points:
+            found.update(point.outcomes)
+        return dict(found)
+
+    def latency_s(self, work: Work, shares: tuple[float, ...]) -> list[float | None]:
+        """Durations below which each of `shares` of the requests lies that were answered within LATENCY_POINTS steps;
+        None where there was none."""
+        before = self._took[0] if len(self._took) == LATENCY_POINTS else [0] * len(work.took.counts)
+        recent = [now - then for now, then in zip(work.took.counts, before, strict=True)]
+        return [quantile(share, work.took.bounds, recent) for share in shares]
+
+
+class History:
+    """
+    Args:
+        queued: tokens accepted and not yet answered, of all.
+        queued_by_tenant: the same of each tenant that has some.
+    """
+
+    def __init__(
+        self, counts: Counts, queued: Callable[[], int], queued_by_tenant: Callable[[], Mapping[str, int]]
+    ) -> None:
+        self._counts = counts
+        self._queued = queued
+        self._queued_by_tenant = queued_by_tenant
+        self.step_s = STEP_S
+        self.all = Series()
+        self.tenants: dict[str, Series] = {}
+
+    async def run(self) -> None:
+        """Samples until cancelled."""
+        clock = asyncio.get_running_loop().time
+        due = clock() + self.step_s
+        while True:
+            await asyncio.sleep(max(due - clock(), 0))
+            self.sample()
+            due = max(due + self.step_s, clock())  # a loop that was held up makes up for nothing
+
+    def sample(self) -> None:
+        self.all.sample(self._counts.all, self._queued())
+        queued = self._queued_by_tenant()
+        for name, work in self._counts.tenants.items():
+            self.tenants.setdefault(name, Series()).sample(work, queued.get(name, 0))

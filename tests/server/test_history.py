@@ -1,0 +1,85 @@
+"""The last hour, next to the same sums over a plain list of everything that happened."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_api.errors import KINDS
+from teacher_server import history
+from teacher_server.counts import OK, Counts
+from teacher_server.history import LATENCY_POINTS, POINTS, History, Series
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["left", "right"]),
+        st.integers(0, 1000),
+        st.integers(0, 1000),
+        st.lists(st.sampled_from([OK, *KINDS]), max_size=5),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(steps=STEPS)
+def test_each_step_has_what_happened_in_it(steps: list[tuple[str, int, int, list[str]]]) -> None:
+    counts, queued = Counts(), {"left": 0, "right": 0}
+    kept = History(counts, lambda: sum(queued.values()), lambda: queued)
+    expected: dict[str, list[tuple[int, int, int, dict[str, int]]]] = {"all": [], "left": [], "right": []}
+    for who, computed, cached, outcomes in steps:
+        for work in (counts.all, counts.of(who)):
+            work.computed_tokens += computed
+            work.cached_tokens += cached
+        for outcome in outcomes:
+            with counts.request("grpc", "score") as one:
+                one.name, one.tenant = outcome, who
+        with counts.request("grpc", "info") as other:  # not for scores: in no step
+            other.tenant = who
+        queued[who] = computed
+        kept.sample()
+        ended = {name: outcomes.count(name) for name in set(outcomes)}
+        for name in expected:
+            if name == "all":
+                expected[name].append((computed, cached, sum(queued.values()), ended))
+            elif name in counts.tenants:
+                own = name == who
+                row = (computed, cached, queued[name], ended) if own else (0, 0, queued[name], {})
+                expected[name].append(row)
+    got = {"all": kept.all, **kept.tenants}
+    for name, rows in expected.items():
+        points = got.get(name, Series()).points
+        assert [(p.computed, p.cached, p.queued, p.outcomes) for p in points] == rows
+        refused = [sum(row[3].values()) - row[3].get(OK, 0) for row in rows]
+        assert [p.refused for p in points] == refused
+
+
+def test_an_hour_and_no_more_is_kept() -> None:
+    assert history.STEP_S * POINTS == 3600
+    kept = History(Counts(), lambda: 0, dict)
+    for _ in range(POINTS + 50):
+        kept.sample()
+    assert len(kept.all.points) == POINTS
+
+
+def test_durations_are_of_the_last_steps_only() -> None:
+    counts = Counts()
+    kept = History(counts, lambda: 0, dict)
+    series, work = kept.all, counts.all
+    assert series.latency_s(work, (0.5,)) == [None]
+    for _ in range(100):
+        work.took.add(400.0)  # long ago, and slow
+    kept.sample()
+    for _ in range(LATENCY_POINTS - 2):
+        kept.sample()
+    (slow,) = series.latency_s(work, (0.5,))
+    assert slow is not None
+    assert 300 <= slow <= 600
+    kept.sample()
+    for value in np.linspace(0.011, 0.024, 200):
+        work.took.add(float(value))
+    (median,) = series.latency_s(work, (0.5,))
+    assert median is not None
+    assert 0.01 <= median <= 0.025
