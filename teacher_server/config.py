@@ -153,9 +153,9 @@ class ServerConfig(Section):
     """Streams open at a time; each holds one message and `stream_sequences` sequences."""
     default_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     """Deadline of a call whose caller names none."""
-    header_s: float = Field(default=8.0, gt=0, le=3600)
+    header_s: float = Field(default=7.0, gt=0, le=3600)
     """A connection whose handshake, or whose HTTP headers, are not complete after this long is closed."""
-    body_idle_s: float = Field(default=8.0, gt=0, le=3600)
+    body_idle_s: float = Field(default=7.0, gt=0, le=3600)
     """A request body that sends nothing for this long is given up."""
     body_bytes_per_s: int = Field(default=MIB // 4, ge=1)
     """So is one that, after `body_idle_s`, has come more slowly than this on the whole. (gRPC, which knows only whole
