@@ -31,7 +31,7 @@ TEST_ENV := $(OFFLINE) OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_
 	PYTHONHASHSEED=0 MPLBACKEND=Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test interop test test-long check quickstart pin clean
+.PHONY: help setup setup-test interop test test-long check reliability quickstart pin clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +91,14 @@ check: setup-test ## format, lint, types, import direction, generated code, pinn
 	$(BIN)/lint-imports
 	$(BIN)/python requirements/pin.py --check
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not vllm and not long" -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# The files whose tests show a row of the tables. RELIABILITY_LONG=1 adds the counts of `make test-long`.
+RELIABILITY_RUN = runs/reliability/$(if $(RELIABILITY_LONG),long,short).xml
+reliability: setup-test ## run the drills, and write what they saw into docs/reliability.md (RELIABILITY_LONG=1: at full size)
+	@mkdir -p runs/reliability
+	-$(TEST_ENV) $(BIN)/python -m pytest -m "$(if $(RELIABILITY_LONG),long or )not long" --junitxml $(RELIABILITY_RUN) \
+		$(PYTEST_ARGS) $$(grep -rlE '^from reliability import' tests --include='test_*.py' | grep -v test_reliability_table)
+	$(BIN)/python tests/reliability_table.py runs/reliability/*.xml
 
 quickstart: setup ## distil a small student from a small teacher, end to end, on this machine
 	$(OFFLINE) $(BIN)/python -m examples.quickstart

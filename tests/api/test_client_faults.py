@@ -11,6 +11,7 @@ import grpc
 import pytest
 from client_calls import a_request, check, collect, run
 from fake_teacher import SERVE, FakeTeacher, Fault
+from reliability import holds
 
 from teacher_api import errors
 from teacher_api.client import AsyncTeacherClient, TeacherClient
@@ -46,7 +47,7 @@ def test_final_errors_stay_with_their_completion(serve):
 
 
 @pytest.mark.parametrize("kind", sorted(errors.KINDS))
-def test_retry_classification(serve, kind):
+def test_retry_classification(serve, kind, record_property):
     """Every kind: retried exactly if the table says so."""
     error = errors.error_of_kind(kind, "injected", field="some.field")
     teacher = FakeTeacher(Fault(error=error))
@@ -60,9 +61,10 @@ def test_retry_classification(serve, kind):
         assert type(caught.value) is type(error)
         assert caught.value.field == "some.field"
         assert len(teacher.asked) == 1
+    holds(record_property, "C1", f"{kind}: {'asked again' if len(teacher.asked) == 2 else 'not asked again'}")
 
 
-def test_unknown_kind_is_not_retried(serve):
+def test_unknown_kind_is_not_retried(serve, record_property):
     class Strange(errors.TeacherError):
         kind, http_status, grpc_code = "strange", 503, "UNAVAILABLE"
 
@@ -70,6 +72,7 @@ def test_unknown_kind_is_not_retried(serve):
     with pytest.raises(errors.InternalError, match="unknown error kind 'strange'"):
         run(serve, teacher, lambda c: c.score(a_request(1)))
     assert len(teacher.asked) == 1
+    holds(record_property, "C1", "an unknown kind: not asked again")
 
 
 @pytest.mark.parametrize(("status", "calls", "error"), [(502, 2, None), (429, 2, None), (500, 1, errors.InternalError)])

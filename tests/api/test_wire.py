@@ -14,6 +14,7 @@ from fake_teacher import WIDTH, V, assert_same, expected_scores
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reliability import holds
 
 from teacher_api import errors, wire
 from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, Scores, scored_positions
@@ -385,7 +386,7 @@ def reference_key(tokens, positions, options, fingerprint, candidates=None, afte
     return hashlib.blake2b(b"".join(parts), digest_size=32, person=b"teacher.v1.ask").digest()
 
 
-def test_golden_request():
+def test_golden_request(record_property):
     decoded = wire.decode_request(pb.ScoreRequest.FromString((GOLDEN / "v1_request.bin").read_bytes()))
     request = decoded.request
     first, second = request.completions
@@ -399,9 +400,10 @@ def test_golden_request():
     assert request.options == ScoreOptions(top_k=2, temperature=1.5, value_type="float16", entropy=True, rank=True)
     assert request.metadata == CallMetadata("team", "exp", "run")
     assert (request.timeout_s, request.expect_fingerprint) == (12.5, "fp")
+    holds(record_property, "S21", "v1 request decodes")
 
 
-def test_golden_answer():
+def test_golden_answer(record_property):
     frame = pb.ScoreFrame.FromString((GOLDEN / "v1_frame.bin").read_bytes())
     options = ScoreOptions(top_k=2, entropy=True, rank=True)
     request = ScoreRequest([Completion("b", ids(8, 9, 1))], options=options)
@@ -417,9 +419,10 @@ def test_golden_answer():
     assert scores.entropy.tolist() == [1.25, 0.5]
     assert scores.rank.tolist() == [3, 1]
     assert (scores.computed_tokens, scores.cached_tokens) == (3, 0)
+    holds(record_property, "S21", "v1 answer decodes")
 
 
-def test_golden_error():
+def test_golden_error(record_property):
     frame = pb.ScoreFrame.FromString((GOLDEN / "v1_error.bin").read_bytes())
     key = struct.pack("<I2sI1s", 2, b"fp", 1, b"b")
     key = hashlib.blake2b(key, digest_size=32, person=b"teacher.v1.error").digest()
@@ -429,6 +432,7 @@ def test_golden_error():
     error = wire.Assembler(question).add(frame)
     assert isinstance(error, errors.Overloaded)
     assert (error.message, error.retry_after_s, error.request_id) == ("later", 2.5, "r1")
+    holds(record_property, "S21", "v1 error decodes")
 
 
 def test_key_with_candidates():

@@ -13,7 +13,9 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
+import psutil
 import pytest
+from reliability import holds
 from serving import (
     PROTOBUF,
     Server,
@@ -38,6 +40,7 @@ from teacher_server import json_models
 pytestmark = pytest.mark.slow
 
 POISON, NAN, SHORT = 401, 402, 403
+GIGABYTE = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def _still_serving(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("ask", [ask_grpc, ask_http, ask_grpc_stream])
-def test_one_poison_sequence_among_sixteen_fails_alone(server: Server, ask: Any):
+def test_one_poison_sequence_among_sixteen_fails_alone(server: Server, ask: Any, record_property: Any):
     sequences = [[1, 2, 3, n] for n in range(16)]
     sequences[5] = [1, 2, POISON, 5]
     answers = ask(server, request_of(*sequences, top_k=2))
@@ -75,10 +78,11 @@ def test_one_poison_sequence_among_sixteen_fails_alone(server: Server, ask: Any)
     assert answers[5].retryable
     assert answers[5].request_id
     assert all(isinstance(answer, Scores) for n, answer in enumerate(answers) if n != 5)
+    holds(record_property, "S10", f"{ask.__name__.removeprefix('ask_')}: 15 of 15 others answered")
 
 
 @pytest.mark.parametrize("token", [NAN, SHORT])
-def test_output_that_is_not_finite_or_not_whole_is_withheld(server: Server, token: int):
+def test_output_that_is_not_finite_or_not_whole_is_withheld(server: Server, token: int, record_property: Any):
     good, bad, later = ask_grpc(server, request_of([1, 2, 3], [1, token, 3], [4, 5, 6], top_k=2))
     assert isinstance(good, Scores)
     assert isinstance(later, Scores)
@@ -87,6 +91,11 @@ def test_output_that_is_not_finite_or_not_whole_is_withheld(server: Server, toke
     text = server.http.post(f"{server.http_url}/v1/score", json={"completions": [{"token_ids": [1, token, 3]}]}).text
     assert "NaN" not in text
     assert "Infinity" not in text
+    holds(
+        record_property,
+        "S12",
+        f"{'NaN' if token == NAN else 'a short answer'}: invalid_backend_output, 2 neighbours answered",
+    )
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -105,7 +114,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("request_", "status", "kind", "field"), WRONG, ids=[f"{w[2]}-{w[3]}" for w in WRONG])
-def test_wrong_requests_are_refused_by_name_before_any_work(server: Server, request_, status, kind, field):
+def test_wrong_requests_are_refused_by_name_before_any_work(
+    server: Server, request_, status, kind, field, record_property
+):
     before = len(server.backend.scored_ids)
     answer = post(server, request_)
     problem = answer.json()
@@ -120,6 +131,11 @@ def test_wrong_requests_are_refused_by_name_before_any_work(server: Server, requ
     expected = {400: "INVALID_ARGUMENT", 413: "INVALID_ARGUMENT", 422: "UNIMPLEMENTED", 412: "FAILED_PRECONDITION"}
     assert code.name == expected[status]
     assert len(server.backend.scored_ids) == before
+    holds(record_property, "S11", f"{kind} {field or 'as a whole'}: {status} and {code.name}, no work")
+    if kind == "fingerprint_mismatch":
+        assert "x" in problem["detail"]
+        assert server.fingerprint in problem["detail"]
+        holds(record_property, "S21", "another fingerprint: 412, both in the message")
 
 
 def test_cut_off_and_flipped_bytes_are_the_callers_error(server: Server):
@@ -176,7 +192,7 @@ BAD_JSON = [
 
 
 @pytest.mark.parametrize("body", BAD_JSON, ids=range(len(BAD_JSON)))
-def test_bad_json_is_400_small_and_without_an_echo(server: Server, body: str):
+def test_bad_json_is_400_small_and_without_an_echo(server: Server, body: str, record_property: Any):
     answer = server.http.post(
         f"{server.http_url}/v1/score", content=body.encode("latin-1"), headers={"content-type": "application/json"}
     )
@@ -185,6 +201,42 @@ def test_bad_json_is_400_small_and_without_an_echo(server: Server, body: str):
     assert len(answer.content) <= 4096
     assert "99999999999" not in answer.text
     json.loads(answer.text, parse_constant=lambda name: pytest.fail(f"{name} in the answer"))
+    if body in (BAD_JSON[0], BAD_JSON[-2]):
+        what = "NaN" if "NaN" in body else "20,000 nested lists"
+        holds(record_property, "S12", f"{what} in JSON: {answer.status_code}")
+
+
+def test_an_error_never_echoes_its_input(server: Server, record_property: Any):
+    """Wherever the caller's text could come back: ids, fields, paths, headers, types, each of a hundred kilobytes or as
+    much as a header takes."""
+    word, url = "ZQXJ", server.http_url
+    long = word * 12_000
+    as_json = {"content-type": "application/json"}
+    asked = {"completions": [{"token_ids": [1, 2]}]}
+    sizes = []
+    answers = [
+        server.http.post(f"{url}/v1/score", content=json.dumps({"completions": long}), headers=as_json),
+        server.http.post(f"{url}/v1/score", content=json.dumps({long: 1, **asked}), headers=as_json),
+        server.http.post(f"{url}/v1/score", content=json.dumps({**asked, "teacher": long}), headers=as_json),
+        server.http.post(f"{url}/v1/score", content=json.dumps({**asked, "options": {long: 1}}), headers=as_json),
+        server.http.post(f"{url}/v1/score", content=long, headers={"content-type": "text/plain"}),
+        server.http.post(f"{url}/v1/completions", content=json.dumps({"prompt": 1, "model": long}), headers=as_json),
+        server.http.get(f"{url}/v1/info", params={"teacher": word * 2000}),
+        server.http.get(f"{url}/{word * 2000}"),
+        server.http.post(f"{url}/v1/score", content=b"x", headers={"content-type": word * 2000}),
+        server.http.post(f"{url}/v1/score", content=b"x", headers={**PROTOBUF, "content-encoding": word * 2000}),
+        server.http.get(f"{url}/v1/info", headers={"x-request-id": word * 2000}),
+    ]
+    for number, answer in enumerate(answers):
+        assert 400 <= answer.status_code < 500, (number, answer.text[:200])
+        assert len(word) * answer.text.count(word) <= 256, f"answer {number} echoes its input"
+        sizes.append(len(answer.content))
+    assert max(sizes) <= 4096
+    holds(
+        record_property,
+        "S13",
+        f"{len(answers)} errors of inputs up to 48 KB: at most {max(sizes)} bytes, 256 of them the caller's",
+    )
 
 
 def test_top_k_of_json_is_small(server: Server):
@@ -224,22 +276,28 @@ def test_a_body_of_another_type_or_to_another_place(server: Server):
     assert wrong_method.headers["content-type"] == "application/problem+json"
 
 
-def test_bodies_over_the_limit_are_refused_while_they_are_read(server: Server):
+def test_bodies_over_the_limit_are_refused_while_they_are_read(server: Server, record_property: Any):
     declared = post(server, b"x" * 65537)
     assert (declared.status_code, declared.json()["kind"]) == (413, "too_large")
     sent = 0
 
     def endless() -> Iterator[bytes]:
         nonlocal sent
-        for _ in range(4096):
+        for _ in range(GIGABYTE >> 16):
             sent += 1 << 16
             yield bytes(1 << 16)
+
+    before = psutil.Process().memory_info().rss
 
     try:
         chunked = server.http.post(f"{server.http_url}/v1/score", content=endless(), headers=PROTOBUF)
         assert chunked.status_code == 413
     except httpx.TransportError:  # the server may also hang up on a body that doesn't end
-        assert sent < 4096 << 16
+        assert sent < GIGABYTE
+    grown = psutil.Process().memory_info().rss - before
+    assert grown < 64 << 20
+    told = f"1 GB in chunks: given up after {sent / 1e6:.1f} MB sent, memory +{max(grown, 0) / 1e6:.0f} MB"
+    holds(record_property, "S11", told)
     code, info, retry = refused(server, b"\x0a" + b"x" * 65537)
     assert (code.name, info.reason, retry) == ("INVALID_ARGUMENT", "too_large", None)
 

@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from reliability import holds
 from serving import serving
 
 from teacher_api import wire
@@ -93,7 +94,7 @@ def probe(url: str, name: str) -> int:
     return httpx.get(f"{url}/{name}", verify=False).status_code
 
 
-def test_it_is_alive_before_it_is_ready_and_says_so_once_it_is(processes, tmp_path):
+def test_it_is_alive_before_it_is_ready_and_says_so_once_it_is(processes, tmp_path, record_property):
     """While the model is loading (the fake one waits for its self-check), livez is 200 and readyz 503."""
     port = free_port()
     arguments = ["--model", "fake", "--backend", "fake", "--fake-latency-s", "1.5", "--metrics-port", "0"]
@@ -131,6 +132,10 @@ def test_it_is_alive_before_it_is_ready_and_says_so_once_it_is(processes, tmp_pa
     assert line == (  # one line, for people
         f"ready {ready['grpc_url']} {url} model=fake fingerprint={ready['fingerprint']} metrics={ready['metrics_url']}"
     )
+    cpu_s = spent.user + spent.system
+    holds(
+        record_property, "S1", f"livez {alive_s:.2f} s after exec, {cpu_s:.2f} s of CPU by then; readyz 503 till ready"
+    )
 
 
 WRONG = [
@@ -148,7 +153,7 @@ WRONG = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "status", "cause"), WRONG, ids=[w[2] for w in WRONG])
-def test_what_cannot_start_says_why_in_one_line(processes, tmp_path, arguments, status, cause):
+def test_what_cannot_start_says_why_in_one_line(processes, tmp_path, arguments, status, cause, record_property):
     process = Process(tmp_path, *arguments)
     processes.append(process)
     got, out, err = process.ended(START_S)
@@ -158,6 +163,8 @@ def test_what_cannot_start_says_why_in_one_line(processes, tmp_path, arguments, 
     assert line.startswith("teacher-serve: error: ")
     assert cause in line
     assert not process.announce.exists()
+    if "/nowhere/at/all" in arguments:
+        holds(record_property, "S1", f"a model that is not there: exit {got}, one line")
 
 
 def test_a_port_that_is_taken_is_one_line(processes, tmp_path):
@@ -171,7 +178,7 @@ def test_a_port_that_is_taken_is_one_line(processes, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_with_calls_in_flight_and_a_half_sent_body_fails_nobody(processes, tmp_path):
+def test_sigterm_with_calls_in_flight_and_a_half_sent_body_fails_nobody(processes, tmp_path, record_property):
     """S4, with 16 calls over HTTP and 16 over gRPC."""
     lame_duck_s, grace_s = 0.5, 4.0
     process = Process(
@@ -212,14 +219,17 @@ def test_sigterm_with_calls_in_flight_and_a_half_sent_body_fails_nobody(processe
             response = pb.ScoreResponse.FromString(future.result(60))
             assert not pb.ScoreRows.FromString(response.frames[0].rows).HasField("error")
     status, _, err = process.ended(30)
+    took = time.monotonic() - signalled
     assert status == 0, err
-    assert time.monotonic() - signalled <= lame_duck_s + grace_s + SLACK_S
+    assert took <= lame_duck_s + grace_s + SLACK_S
     assert "Traceback" not in err
+    limit_s = lame_duck_s + grace_s + 1
+    holds(record_property, "S4", f"0 of 32 calls failed; exit 0 after {took:.1f} s (of {limit_s:.1f} s)")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 2])
-def test_an_engine_that_hangs_does_not_keep_the_server(processes, tmp_path, signals):
+def test_an_engine_that_hangs_does_not_keep_the_server(processes, tmp_path, signals, record_property):
     """One SIGTERM: gone when the grace is over. Two: at once."""
     grace_s = 1.0 if signals == 1 else 60.0
     process = Process(
@@ -243,6 +253,8 @@ def test_an_engine_that_hangs_does_not_keep_the_server(processes, tmp_path, sign
         assert status == 0
         assert took <= (grace_s if signals == 1 else 0) + SLACK_S
         assert hanging.exception(10) is not None, "the caller is not left hanging"
+    ways = f"one SIGTERM and a grace of {grace_s:g} s" if signals == 1 else "a second SIGTERM"
+    holds(record_property, "S4", f"engine hung: exit 0 {took:.1f} s after {ways}")
 
 
 def probe_or_gone(url: str) -> int:

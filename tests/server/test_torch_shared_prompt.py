@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reliability import holds
 from tinymodels import save_tiny, tiny_model
-from torch_jobs import check, reference, score, scored, spy_on_steps
+from torch_jobs import TOLERANCE, check, reference, score, scored, spy_on_steps
 
 from teacher_api.errors import BackendFailed
 from teacher_api.types import Candidates, ScoreOptions, Scores
@@ -95,6 +96,27 @@ def test_values_are_those_of_whole_sequences(name: str, tmp_path: Path, opened: 
         check(answer, asked, reference(model, asked), size)
     assert with_cache == [(1, 60), (len(jobs), 39)]
     assert without == [(1, 28)]
+
+
+def test_alone_in_a_batch_and_after_a_shared_prompt_in_any_order(
+    tmp_path: Path, opened: Any, record_property: Any
+) -> None:
+    path, model = checkpoint_of(tmp_path, *SHARING["qwen3"])
+    backend = opened(path)
+    jobs = group(PROMPT, [30, 7, 1, 12, 40, 3, 25])
+    expected = {
+        job.id: reference(model, job)[np.arange(len(job.positions)), job.token_ids[job.positions]] for job in jobs
+    }
+    worst = 0.0
+    orders = [[n] for n in range(len(jobs))]
+    orders += [list(np.random.default_rng(seed).permutation(len(jobs))) for seed in range(4)]
+    for order in orders:
+        for shared in (True, False):
+            asked = [jobs[n] if shared else replace(jobs[n], prompt_key=b"") for n in order]
+            for answer in scored(backend, asked):
+                worst = max(worst, float(np.abs(answer.token_logprob - expected[answer.id]).max()))
+    assert worst <= TOLERANCE
+    holds(record_property, "S24", f"torch: {worst:.1e} from a float64 forward, alone, batched and shared, in 5 orders")
 
 
 @pytest.mark.parametrize("name", NOT_SHARING)

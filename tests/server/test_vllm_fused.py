@@ -13,10 +13,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reliability import holds
 from transformers import AutoModelForCausalLM
 from vllm_jobs import check, checkpoint_for_vllm, job, log_p, ragged, random_tokens, score
 
@@ -117,7 +119,9 @@ def test_every_option_at_once_in_any_order(fused: ScoringBackend, reference: tor
     check_all(jobs, score(fused, *jobs), reference)
 
 
-def test_a_group_computes_its_prompt_once(fused: ScoringBackend, reference: torch.nn.Module) -> None:
+def test_a_group_computes_its_prompt_once(
+    fused: ScoringBackend, reference: torch.nn.Module, record_property: Any
+) -> None:
     """Completions with a common opening: the cache would serve rows that have to be computed, and must not."""
     prompt = random_tokens(900, 2 * BLOCK, VOCABULARY)
     opening = random_tokens(901, BLOCK, VOCABULARY)
@@ -136,6 +140,12 @@ def test_a_group_computes_its_prompt_once(fused: ScoringBackend, reference: torc
     # Row i is at token i - 1: of the two blocks of the prompt the last token's row is scored, so one is from the cache.
     assert [scores.cached_tokens for scores in answers] == [BLOCK] * len(jobs)
     assert [scores.computed_tokens + scores.cached_tokens for scores in answers] == [len(j.token_ids) for j in jobs]
+    worst = max(
+        float(np.abs(scores.token_logprob - log_p(reference, asked)[np.arange(len(targets)), targets]).max())
+        for asked, scores, targets in zip(jobs, answers, [j.token_ids[j.positions] for j in jobs], strict=True)
+    )
+    assert worst <= 1e-3
+    holds(record_property, "S24", f"vLLM: {worst:.1e} from a float64 forward, after a shared prompt")
 
 
 def test_ranges_with_holes_and_hidden_states(fused: ScoringBackend, reference: torch.nn.Module) -> None:
