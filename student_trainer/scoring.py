@@ -26,6 +26,7 @@ from teacher_api.errors import (
 from teacher_api.info import UNVERIFIED, explain_difference, tokenizer_fingerprint
 from teacher_api.openai_info import OpenAIOptions, differences
 from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, Scores, TeacherInfo
+from teacher_api.wire import MAX_METADATA_CHARS
 
 
 class HandshakeError(ValueError):
@@ -85,12 +86,18 @@ def connect(
         attempt_timeout_s=min(config.attempt_timeout_s, config.timeout_s),
         max_concurrency=config.max_concurrency,
         expect_fingerprint=info.fingerprint,
-        metadata=CallMetadata(run=run_name[:128]),
+        metadata=_metadata(config, run_name),
         teacher=config.name,
         stock=stock,
         compression=config.compression,
     )
     return client, info
+
+
+def _metadata(config: TeacherConfig, run_name: str) -> CallMetadata:
+    """For whom a shared teacher works; a directory's name may hold what it refuses."""
+    run = "".join(char if char.isprintable() else "?" for char in run_name)[:MAX_METADATA_CHARS]
+    return CallMetadata(experiment=config.experiment or run, run=run)
 
 
 def _stock_options(config: TeacherConfig, tokenizer: object) -> OpenAIOptions:

@@ -24,6 +24,7 @@ from teacher_api import settings
 from teacher_api.client import TeacherClient
 from teacher_api.errors import TeacherError
 from teacher_api.settings import Section
+from teacher_api.types import CallMetadata
 
 PROGRAM = "python -m student_trainer.report"
 DESCRIPTION = "One HTML file about a run: curves, and completions with each token coloured by its KL to the teacher."
@@ -88,7 +89,10 @@ def _write(config: ReportConfig) -> Path:
     longest = config.max_new_tokens or train.rollout.max_new_tokens
     checkpoints = [compare.load(model, longest) for model in models]
     prompts = load_prompts(data, checkpoints[0].student.tokenizer, limit=config.num_prompts).all()
-    with TeacherClient(config.teacher_url, api_key=config.api_key.get_secret_value() or None) as client:
+    metadata = CallMetadata(experiment="report", priority="interactive")
+    with TeacherClient(
+        config.teacher_url, api_key=config.api_key.get_secret_value() or None, metadata=metadata
+    ) as client:
         info = client.info()
         comparisons = compare.compare(checkpoints, prompts, train.eval.task, client)
     objective = f"{train.loss.objective}, nats per token"

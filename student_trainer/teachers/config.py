@@ -62,6 +62,9 @@ class TeacherConfig(Section):
     the same, and little is saved: logprobs hardly compress."""
     api_key: SecretStr = SecretStr("")
     """Sent as a bearer token. Better in the environment (STUDENT_TEACHER__API_KEY) than in a file."""
+    experiment: str = Field("", max_length=128)
+    """Name under which a shared teacher counts this run, and divides its time: runs of one experiment have one part
+    together. Empty: the run directory's, so that each run is an experiment."""
     timeout_s: float = Field(600.0, gt=0, le=86_400)
     """How long one call may take, retries included: the longest outage of the teacher that a run sits out."""
     attempt_timeout_s: float = Field(120.0, gt=0, le=86_400)
