@@ -94,6 +94,7 @@ class Counts:
     def __init__(self) -> None:
         self.requests: dict[str, Ended] = {name: Ended() for name in TRANSPORTS}
         self.took = {(name, method): Histogram() for name, methods in METHODS.items() for method in methods}
+        self.written_tokens = 0  # of texts, the teacher's own
         self.all = Work()
         self.tenants: dict[str, Work] = {}  # those that a key belongs to, so no more than were configured
 

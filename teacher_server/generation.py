@@ -117,6 +117,7 @@ class Writer:
     ) -> Written:
         async with self._places:
             generated = _checked(job, await _generated(generator, job), info)
+        self._service.counts.written_tokens += len(generated.token_ids)
         if options is None:
             return Written(generated, None)
         scores = await self._service.run_one(_scoring_of(job, generated, options), deadline, caller)

@@ -128,6 +128,11 @@ class ServiceMetrics(Collector):
         tokens.add_metric(["cached"], work.cached_tokens)
         yield tokens
         yield CounterMetricFamily("preceptor_scored_positions", "Positions that got a score.", value=work.positions)
+        yield CounterMetricFamily(
+            "preceptor_written_tokens",
+            "Tokens of texts that the teacher wrote.",
+            value=self._service.counts.written_tokens,
+        )
 
     def _engine(self) -> Iterator[Metric]:
         forwards = self._service.forwards
@@ -150,7 +155,11 @@ class ServiceMetrics(Collector):
         )
 
     def _tenants(self) -> Iterator[Metric]:
-        """Of the tenants that have called."""
+        """Of the tenants that have called, and the weights of those that are configured."""
+        weights = GaugeMetricFamily("preceptor_tenant_weight", "Its share beside the others'.", labels=["tenant"])
+        for tenant in self._service.tenants.names:
+            weights.add_metric([tenant], self._service.tenants.weight_of(tenant))
+        yield weights
         finished = CounterMetricFamily(
             "preceptor_tenant_requests_finished", "Requests for scores that are over.", labels=["tenant", "outcome"]
         )

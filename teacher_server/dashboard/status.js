@@ -51,6 +51,7 @@
       $("ask").hidden = true;
       $("page").hidden = false;
       $("forget").hidden = !key();
+      $("docs").hidden = Boolean(key()); // a link sends none
       draw();
     } catch (error) {
       if (mine !== asking) return;

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +17,7 @@ import grpc
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from reliability import RecordProperty, holds
 from serving import (
     PROTOBUF,
     Server,
@@ -39,6 +43,7 @@ from teacher_server.counts import Counts
 
 pytestmark = pytest.mark.slow
 
+SOAK_S = 3.0
 NAN, DEATH, KEY = 401, 402, "a-key-for-this-test"
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -136,6 +141,56 @@ def test_what_was_received_is_what_ended(server: Server) -> None:
     assert by(samples, "preceptor_queue_limit_tokens") == {"": 100}
 
 
+def test_received_is_the_sum_of_outcomes_after_a_soak(record_property: RecordProperty) -> None:
+    """Over both transports, in unary calls and streams, some of them wrong, some too many, some abandoned."""
+    done = threading.Event()
+
+    def good(server: Server) -> None:
+        request = request_of([1, 2, 3], [4, 5])
+        for ask in (ask_http, ask_grpc, ask_http_stream, ask_grpc_stream):
+            with contextlib.suppress(grpc.RpcError, AssertionError):  # some are refused as overloaded
+                ask(server, request)
+
+    def wrong(server: Server) -> None:
+        post(server, b"\xff")
+        post(server, request_of([1, NAN, 2], [600]))
+        server.http.get(f"{server.http_url}/nowhere")
+        with channel(server) as opened, contextlib.suppress(grpc.RpcError):
+            call(opened, "Score", b"\xff")
+
+    def hasty(server: Server) -> None:
+        message = wire.encode_request(request_of(*[[1] * 50] * 8)).SerializeToString()
+        with contextlib.suppress(httpx.TransportError):
+            httpx.post(f"{server.http_url}/v1/score", content=message, headers=PROTOBUF, timeout=0.005)
+        with channel(server) as opened, contextlib.suppress(grpc.RpcError):
+            call(opened, "Score", message, timeout=0.005)
+
+    def over_and_over(server: Server, act: Callable[[Server], None]) -> None:
+        while not done.is_set():
+            act(server)
+
+    with serving(
+        metrics_port=0, fake_nan_token=NAN, fake_latency_s=0.003, queue_tokens=600, max_sequence_tokens=64
+    ) as server:
+        threads = [
+            threading.Thread(target=over_and_over, args=(server, act)) for act in (good, wrong, hasty) for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        done.wait(SOAK_S)
+        done.set()
+        for thread in threads:
+            thread.join()
+        samples = settled(server)  # received = the sum of outcomes: what this waits for
+    received = by(samples, "preceptor_requests_received_total", "transport")
+    outcomes = by(samples, "preceptor_requests_finished_total", "outcome", transport="http")
+    assert {"ok", "invalid_request", "not_found", "cancelled"} <= set(outcomes)
+    assert sum(outcomes.values()) == received["http"]
+    sequences = by(samples, "preceptor_sequences_received_total")[""]
+    told = f"{int(sum(received.values()))} requests and {int(sequences)} sequences, all of them among the outcomes"
+    holds(record_property, "S19", told)
+
+
 def test_every_outcome_of_the_table_is_there_and_no_other(server: Server) -> None:
     samples = scrape(server)
     for name in ("preceptor_requests_finished_total", "preceptor_sequences_finished_total"):
@@ -230,6 +285,24 @@ def until(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
+
+
+def test_weights_and_written_tokens_are_told() -> None:
+    tenants = {"left": {"keys": [hashed(KEY)], "weight": 2.5}, "default": {"weight": 1}}
+    with serving(metrics_port=0, generate=True, tenants=tenants) as server:
+        asked = {"model": "fake", "prompt": [[1, 2, 3], [4, 5]], "max_tokens": 7, "ignore_eos": True}
+        answer = server.http.post(
+            f"{server.http_url}/v1/completions", json=asked, headers={"authorization": f"Bearer {KEY}"}
+        )
+        assert answer.status_code == 200, answer.text
+        samples = settled(server)
+    written = answer.json()["usage"]["completion_tokens"]
+    assert samples["preceptor_written_tokens_total", ()] == written > 0
+    assert by(samples, "preceptor_tenant_weight", "tenant") == {"left": 2.5, "default": 1}
+
+
+def hashed(key: str) -> str:
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
 def test_a_port_that_is_taken_is_one_clear_error() -> None:
