@@ -25,12 +25,13 @@ STOP_TIMEOUT_S = 30.0
 
 @contextlib.contextmanager
 def teacher(model: Path, scratch: Path, *arguments: str) -> Iterator[dict[str, Any]]:
-    """A `teacher-serve` on free ports; yields what it announces (grpc_url, http_url, fingerprint, …)."""
+    """A `teacher-serve` on free ports that computes everything; yields what it announces (grpc_url, http_url, …)."""
     announced = scratch / "announced.json"
     announced.unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "teacher_server", "--model", str(model), "--http-port", "0", "--grpc-port", "0",
-        "--announce-file", str(announced), "--log-level", "warning", "--lame-duck-s", "0", *arguments,
+        "--announce-file", str(announced), "--log-level", "warning", "--lame-duck-s", "0",
+        "--cache.enabled", "false", *arguments,
     ]  # fmt: skip
     with _running("teacher-serve", command, scratch / "teacher.log", announced.exists):
         yield json.loads(announced.read_text())

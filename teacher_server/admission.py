@@ -142,6 +142,11 @@ class Admission:
                 self._grant()
             raise
 
+    def adopt(self, cost: Cost) -> None:
+        """Counts accepted work whose caller gives its own back: the bound may be passed by as much."""
+        self._ask(cost.flow)
+        self._add(cost)
+
     def give(self, cost: Cost) -> None:
         self._ask(cost.flow)
         for one in (self, self._flows[cost.flow]):
@@ -174,7 +179,8 @@ class Admission:
         return self._has_room(cost) and self._is_within_share(cost)
 
     def _has_room(self, cost: Cost) -> bool:
-        return self.tokens + cost.tokens <= self.max_tokens and self.num_bytes + cost.num_bytes <= self.max_bytes
+        tokens, num_bytes = self.tokens + cost.tokens, self.num_bytes + cost.num_bytes
+        return (not cost.tokens or tokens <= self.max_tokens) and num_bytes <= self.max_bytes
 
     def _is_within_share(self, cost: Cost) -> bool:
         held = self._flows[cost.flow]
@@ -182,7 +188,7 @@ class Admission:
             return True
         share = self._share_of(cost.flow)
         tokens, num_bytes = held.tokens + cost.tokens, held.num_bytes + cost.num_bytes
-        return tokens <= share * self.max_tokens and num_bytes <= share * self.max_bytes
+        return (not cost.tokens or tokens <= share * self.max_tokens) and num_bytes <= share * self.max_bytes
 
     def _share_of(self, flow: Flow) -> float:
         """Of the whole budget: by weight among the tenants that want something, equal among their experiments."""

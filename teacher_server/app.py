@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from teacher_server.backends.base import ModelFacts, ScoringBackend
     from teacher_server.grpc_api import GrpcServer
     from teacher_server.metrics import MetricsServer
+    from teacher_server.service import TeacherService
 
 CLOSE_S = 10.0  # for the backend to free its model, after the last call has ended
 QUICK_S = 0.3  # for the same things after a second SIGTERM
@@ -88,6 +89,7 @@ class App:
         self._tell = announce or self._print_ready
         self.lifecycle = Lifecycle(stall_s=config.stall_s, hang_s=config.hang_s, high_water=config.high_water)
         self._front = Front(self.lifecycle)
+        self.service: TeacherService | None = None
         self._backend: ScoringBackend | None = None
         self._grpc: GrpcServer | None = None
         self._metrics: MetricsServer | None = None
@@ -167,7 +169,7 @@ class App:
 
             logs.configure(self._config.log_format, self._config.log_level)
             self._tracing = open_tracing(self._config)
-            core = service.TeacherService(self._config, self.lifecycle, self._tracing)
+            core = self.service = service.TeacherService(self._config, self.lifecycle, self._tracing)
             keys = KeyRing.of(self._config, core.tenants)
             if self._config.metrics_port is not None:
                 from teacher_server.metrics import MetricsServer

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from teacher_api.settings import Section
+from teacher_server.cache_config import CacheConfig
 from teacher_server.tenants import Tenant, check_tenants
 
 MIB = 1 << 20
@@ -163,6 +164,9 @@ class ServerConfig(Section):
     answer_idle_s: float = Field(default=60.0, gt=0, le=3600)
     """A call whose caller takes nothing of its answer for this long is given up: the answer counts as in work until
     it has left. (gRPC's unary call: this long for each MiB of it.)"""
+
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    """Answers kept and given again: size, directory, and who shares them."""
 
     # --- batches --------------------------------------------------------------------------------------------------
     batch_tokens: int = Field(default=8192, ge=1)

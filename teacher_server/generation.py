@@ -120,7 +120,8 @@ class Writer:
         self._service.counts.written_tokens += len(generated.token_ids)
         if options is None:
             return Written(generated, None)
-        scores = await self._service.run_one(_scoring_of(job, generated, options), deadline, caller)
+        (lookup,) = await self._service.cache.look([_scoring_of(job, generated, options)], caller)
+        scores = await self._service.run_one(lookup, deadline)
         if isinstance(scores, TeacherError):
             raise scores
         return Written(generated, scores)

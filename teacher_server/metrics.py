@@ -21,6 +21,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from teacher_server.cache import SOURCES
 from teacher_server.histogram import Histogram
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class ServiceMetrics(Collector):
         yield from self._work()
         yield from self._engine()
         yield from self._tenants()
+        yield from self._cache()
         yield from self._load()
 
     def _server(self) -> Iterator[Metric]:
@@ -173,6 +175,44 @@ class ServiceMetrics(Collector):
             tokens.add_metric([tenant, "cached"], work.cached_tokens)
         yield finished
         yield tokens
+
+    def _cache(self) -> Iterator[Metric]:
+        cache = self._service.cache
+        looked = CounterMetricFamily(
+            "preceptor_cache_sequences",
+            "Sequences scored, by where their scores came from: memory, disk, work in flight for another, the engine.",
+            labels=["tenant", "source"],
+        )
+        for tenant, tally in list(cache.tallies.items()):
+            for source in SOURCES:
+                looked.add_metric([tenant, source], tally.sequences[source])
+        yield looked
+        memory, disk = cache.memory, cache.disk
+        tiers = {"memory": (memory.num_bytes, len(memory), memory.max_bytes, memory.evicted)}
+        if disk is not None:
+            tiers["disk"] = (disk.num_bytes, disk.num_entries, disk.max_bytes, disk.evicted)
+            yield CounterMetricFamily(
+                "preceptor_cache_disk_errors", "Reads and writes of the cache's disk that failed.", value=disk.errors
+            )
+            yield CounterMetricFamily(
+                "preceptor_cache_disk_skipped", "Scores not kept on disk, for too much waited.", value=disk.skipped
+            )
+        evicted = CounterMetricFamily("preceptor_cache_evicted", "Scores given up for others.", labels=["tier"])
+        for name, what, index in (
+            ("bytes", "Bytes of kept scores.", 0),
+            ("entries", "Sequences whose scores are kept.", 1),
+            ("limit_bytes", "Most bytes of them.", 2),
+        ):
+            family = GaugeMetricFamily(f"preceptor_cache_{name}", what, labels=["tier"])
+            for tier, values in tiers.items():
+                family.add_metric([tier], values[index])
+            yield family
+        for tier, values in tiers.items():
+            evicted.add_metric([tier], values[3])
+        yield evicted
+        yield CounterMetricFamily(
+            "preceptor_cache_damaged", "Kept scores that failed their checksum and were dropped.", value=cache.damaged
+        )
 
     def _load(self) -> Iterator[Metric]:
         admission = self._service.admission

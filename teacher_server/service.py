@@ -25,7 +25,7 @@ from teacher_server.admission import Admission, Cost, Receiving
 from teacher_server.auth import tenants_of
 from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.backends.generation import Generator
-from teacher_server.batching import tokens_to_compute
+from teacher_server.cache import Lookup, ScoreCache
 from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.counts import Counts
@@ -93,6 +93,14 @@ class TeacherService:
         )
         self.receiving = Receiving(config.receiving_bytes)
         self.history = History(self.counts, lambda: self.admission.tokens, self.admission.held_by_tenant)
+        self.cache = ScoreCache(
+            config.cache,
+            submit=self._submit,
+            check=self._checked,
+            fingerprint_of=lambda teacher: self.info_of(teacher).fingerprint,
+            admission=self.admission,
+            spared=self.usage.cached,
+        )
         lifecycle.watch_work(lambda: self.idle_s, lambda: self.admission.share)
 
     def _tokens_per_s(self) -> float:
@@ -134,6 +142,7 @@ class TeacherService:
                 await self_check(scheduler, each, name)
             if scratch is not None:  # adapters have their base's
                 infos[""] = await self._share_head(backend, scheduler, infos[""], Path(scratch.name))
+            await self.cache.open()
             self._infos = infos
             self.lifecycle.become_ready()
             tasks.append(asyncio.create_task(self._watch_engine(backend)))
@@ -143,6 +152,7 @@ class TeacherService:
             for task in (watching, *tasks):
                 task.cancel()
             await asyncio.gather(watching, *tasks, return_exceptions=True)
+            await self.cache.close()
             if scratch is not None:
                 scratch.cleanup()
 
@@ -276,11 +286,11 @@ class TeacherService:
                 field="completions",
             )
         deadline = self.deadline(decoded.request, transport_s)
-        tokens = tokens_to_compute(good, shares_prompts=self._shares_prompts)
-        cost = Cost(sum(tokens), sum(sizes), caller, hash((*decoded.ids,)))
+        lookups = await self.cache.look(good, caller, shares_prompts=self._shares_prompts)
+        cost = Cost(sum(lookup.tokens for lookup in lookups), sum(sizes), caller, hash((*decoded.ids,)))
         self.admit(cost)
         try:
-            results = iter(await self._counted(jobs, good, tokens, deadline, caller))
+            results = iter(await self._counted(jobs, lookups, deadline, caller))
             yield _paired(decoded.ids, jobs, results, info.fingerprint)  # not kept here while they are sent
         finally:
             self.admission.give(cost)
@@ -288,16 +298,15 @@ class TeacherService:
     async def _counted(
         self,
         jobs: Sequence[ScoreJob | TeacherError],
-        good: Sequence[ScoreJob],
-        tokens: Sequence[int],
+        lookups: Sequence[Lookup],
         deadline: float,
         caller: Caller,
     ) -> list[Scores | TeacherError]:
         for job in jobs:
             if isinstance(job, TeacherError):
                 self.counts.refused(job, caller.tenant)
-        with self.counts.scoring(len(good), caller.tenant) as done:
-            done.extend(await self._run(good, tokens, deadline, caller))
+        with self.counts.scoring(len(lookups), caller.tenant) as done:
+            done.extend(await self._run(lookups, deadline))
         return done
 
     def admit(self, cost: Cost) -> None:
@@ -312,15 +321,8 @@ class TeacherService:
     def _shares_prompts(self) -> bool:
         return self._backend is not None and self._backend.policy.shares_prompts
 
-    async def _run(
-        self, jobs: Sequence[ScoreJob], tokens: Sequence[int], deadline: float, caller: Caller
-    ) -> list[Scores | TeacherError]:
-        assert self._scheduler is not None, "ready without a scheduler"
-        submit, call_tokens = self._scheduler.submit, sum(tokens)
-        futures = [
-            submit(job, deadline, caller, tokens=each, call_tokens=call_tokens)
-            for job, each in zip(jobs, tokens, strict=True)
-        ]
+    async def _run(self, lookups: Sequence[Lookup], deadline: float) -> list[Scores | TeacherError]:
+        futures = [self.cache.start(lookup, deadline) for lookup in lookups]
         try:
             results = [await future for future in futures]
         finally:
@@ -329,14 +331,18 @@ class TeacherService:
         late = next((result for result in results if isinstance(result, DeadlineExceeded)), None)
         if late is not None:
             raise late
-        return [self._checked(job, result) for job, result in zip(jobs, results, strict=True)]
+        return results
 
-    async def run_one(self, job: ScoreJob, deadline: float, caller: Caller) -> Scores | TeacherError:
+    async def run_one(self, lookup: Lookup, deadline: float) -> Scores | TeacherError:
         """Scores one admitted job; for the stream. Cancelling the call takes it out of the queue."""
-        assert self._scheduler is not None, "ready without a scheduler"
-        with self.counts.scoring(1, caller.tenant) as done:
-            done.append(self._checked(job, await self._scheduler.submit(job, deadline, caller)))
+        with self.counts.scoring(1, lookup.caller.tenant) as done:
+            done.append(await self.cache.start(lookup, deadline))
         return done[0]
+
+    def _submit(self, lookup: Lookup, deadline: float) -> asyncio.Future[Scores | TeacherError]:
+        assert self._scheduler is not None, "ready without a scheduler"
+        tokens = {"tokens": lookup.tokens, "call_tokens": lookup.call_tokens}
+        return self._scheduler.submit(lookup.job, deadline, lookup.caller, **tokens)
 
     def _checked(self, job: ScoreJob, result: Scores | TeacherError) -> Scores | TeacherError:
         info = self.info_of(job.teacher)

@@ -145,24 +145,25 @@ class StreamSession:
             if isinstance(job, TeacherError):
                 self._refuse(name, job, None, info.fingerprint)
                 continue
-            cost = Cost(job.num_tokens, answer_bytes(job, info), caller, (job.id,))
-            await self._start(job, cost, deadline, caller, info.fingerprint)
+            await self._start(job, answer_bytes(job, info), deadline, caller, info.fingerprint)
 
     def _refuse(self, name: str, error: TeacherError, job: ScoreJob | None, fingerprint: str) -> None:
         self._service.counts.refused(error, self._caller.tenant)
         self._answers.put_nowait((Answer(name, error, job, fingerprint), None))
 
-    async def _start(self, job: ScoreJob, cost: Cost, deadline: float, caller: Caller, fingerprint: str) -> None:
-        granted = False
+    async def _start(self, job: ScoreJob, num_bytes: int, deadline: float, caller: Caller, fingerprint: str) -> None:
+        granted = None
         try:
-            if cost.num_bytes > self._service.config.max_completion_bytes:
+            if num_bytes > self._service.config.max_completion_bytes:
                 raise TooLarge(
-                    f"the answer would take about {cost.num_bytes} bytes; expected at most "
+                    f"the answer would take about {num_bytes} bytes; expected at most "
                     f"{self._service.config.max_completion_bytes}: ask for fewer positions or values at a time"
                 )
+            (lookup,) = await self._service.cache.look([job], caller)
+            cost = Cost(lookup.tokens, num_bytes, caller, (job.id,))
             async with asyncio.timeout_at(deadline):
                 await self._service.admission.wait(cost)
-                granted = True
+                granted = lookup, cost
         except TimeoutError:
             late = DeadlineExceeded("the deadline passed while the server was full")
             self._refuse(job.id, late, job, fingerprint)
@@ -172,7 +173,8 @@ class StreamSession:
             self._let_go(None)
             raise
         if granted:
-            task = asyncio.create_task(self._service.run_one(job, deadline, caller))
+            lookup, cost = granted
+            task = asyncio.create_task(self._service.run_one(lookup, deadline))
             self._tasks.add(task)
             task.add_done_callback(lambda task: self._scored(task, job, cost, fingerprint))
 

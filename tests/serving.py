@@ -59,6 +59,9 @@ def serving(
 ) -> Iterator[Server]:
     """Runs a server in a thread until the block ends. `create` makes the backend; None: as `settings` say."""
     values = {"model": "fake", "backend": "fake", "http_port": 0, "grpc_port": 0, "lame_duck_s": 0.0, "grace_s": 5.0}
+    values["cache"] = {
+        "enabled": False
+    }  # what a test asks twice is to be computed twice, where it doesn't say otherwise
     config = ServerConfig.model_validate({**values, "log_level": "error", **settings})
     known, failed, made = threading.Event(), [], []
     ready: dict[str, Any] = {}

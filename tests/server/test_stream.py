@@ -11,8 +11,8 @@ import numpy as np
 
 from teacher_api.types import ScoreOptions
 from teacher_api.wire import DecodedRequest
-from teacher_server.admission import Cost
 from teacher_server.backends.base import ScoreJob
+from teacher_server.cache import Lookup
 from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.lifecycle import Lifecycle
@@ -30,11 +30,13 @@ async def silence() -> AsyncIterator[DecodedRequest]:
 
 
 def test_a_caller_that_leaves_as_its_sequence_is_accepted_gives_the_budget_back(monkeypatch: Any) -> None:
-    service = TeacherService(ServerConfig(model="m", backend="fake"), Lifecycle(stall_s=1.0, high_water=1.0))
+    service = TeacherService(
+        ServerConfig(model="m", backend="fake", cache={"enabled": False}), Lifecycle(stall_s=1.0, high_water=1.0)
+    )
     begun = []
 
-    async def run_one(job: ScoreJob, deadline: float, caller: Caller) -> Any:
-        begun.append(job.id)
+    async def run_one(lookup: Lookup, deadline: float) -> Any:
+        begun.append(lookup.job.id)
         await asyncio.Event().wait()
 
     monkeypatch.setattr(service, "run_one", run_one)
@@ -43,7 +45,7 @@ def test_a_caller_that_leaves_as_its_sequence_is_accepted_gives_the_budget_back(
         async with StreamSession(service, silence(), Caller(), None) as session:
             await session._room.acquire()
             session.in_work += 1
-            await session._start(a_job(), Cost(4, 100), asyncio.get_running_loop().time() + 60, Caller(), "f")
+            await session._start(a_job(), 100, asyncio.get_running_loop().time() + 60, Caller(), "f")
             assert service.admission.tokens == 4
         assert session.in_work == 0
 
