@@ -21,7 +21,8 @@ RUN pip install --no-deps --no-build-isolation .
 FROM python:3.11-slim-bookworm AS student
 RUN useradd --uid 10001 --user-group --home-dir /cache --create-home preceptor && install -d -o 10001 -g 10001 /runs
 COPY --from=build /opt/preceptor /opt/preceptor
-ENV PATH=/opt/preceptor/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HOME=/cache/huggingface \
+ENV HOME=/cache PATH=/opt/preceptor/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HF_HOME=/cache/huggingface \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /runs
 VOLUME /cache /runs

@@ -31,7 +31,7 @@ RUN pip install --no-deps /wheels/*.whl
 # What both images have beside their environment: a user, and the one directory that it may write to (a volume).
 FROM python:3.11-slim-bookworm AS runtime
 RUN useradd --uid 10001 --user-group --home-dir /cache --create-home preceptor
-ENV PATH=/opt/preceptor/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+ENV HOME=/cache PATH=/opt/preceptor/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/cache/huggingface NUMBA_CACHE_DIR=/cache/numba \
     TEACHER_HOST=0.0.0.0 TEACHER_METRICS_HOST=0.0.0.0 TEACHER_METRICS_PORT=9464 TEACHER_PROBE_PORT=8302
 WORKDIR /cache

@@ -1,4 +1,5 @@
-"""Certificate authorities and certificates for tests, as PEM files, valid for 127.0.0.1 and for a day."""
+"""Certificate authorities and certificates for tests, as PEM files, valid for a day, for this machine and for a server
+called `teacher`."""
 
 from __future__ import annotations
 
@@ -42,9 +43,8 @@ class Authority:
 
     def _signed(self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, is_authority: bool) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
-        alternative = x509.SubjectAlternativeName(
-            [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        )
+        names = [x509.DNSName("localhost"), x509.DNSName("teacher")]
+        alternative = x509.SubjectAlternativeName([*names, x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
         return (
             x509.CertificateBuilder()
             .subject_name(subject)

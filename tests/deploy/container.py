@@ -55,6 +55,7 @@ def running(
     secrets: Mapping[str, Path],
     environment: Mapping[str, str] | None = None,
     arguments: Sequence[str] = (),
+    entry_point: Sequence[str] = (),
     beside: Container | None = None,
 ) -> Iterator[Container]:
     """One service of compose.yaml, as Compose prints it, in an image built by `build`.
@@ -65,13 +66,14 @@ def running(
         secrets: name -> file.
         environment: stronger than what the service says.
         arguments: after the entry point.
+        entry_point: instead of the image's.
         beside: a container whose network it shares; names of services are this address.
     """
     layer, user = build.layer(stage), setting(build.stages, stage, "USER")
     place = work / "root"
     place.mkdir(parents=True)
     said = {key: value for key, value in service["environment"].items() if value is not None}
-    variables = {"HOME": _home(layer, user), **environment_of(build.stages, stage), **said, **(environment or {})}
+    variables = {**environment_of(build.stages, stage), **said, **(environment or {})}
     script = mount_script(place, layer, work / "overlay") + "ip link set lo up\n"
     for mount in service["volumes"]:
         script += _volume(place, layer, mount, volumes)
@@ -87,7 +89,7 @@ def running(
     script += f"mount -o remount,ro,bind {place}\n"
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    entry = [*exec_form(setting(build.stages, stage, "ENTRYPOINT")), *arguments]
+    entry = [*(entry_point or exec_form(setting(build.stages, stage, "ENTRYPOINT"))), *arguments]
     line = ["chroot", str(place), *_as_user(user, variables, setting(build.stages, stage, "WORKDIR")), *entry]
     script += f"exec {shlex.join(line)}\n"
     network = ["--net"] if beside is None else []
@@ -110,12 +112,6 @@ def _as_user(user: str, environment: Mapping[str, str], directory: str) -> list[
         *("--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"),
         *("env", "-i", "-C", directory, *(f"{key}={value}" for key, value in environment.items())),
     ]
-
-
-def _home(layer: Path, user: str) -> str:
-    lines = [line.split(":") for line in (layer / "etc/passwd").read_text().splitlines()]
-    (home,) = [fields[5] for fields in lines if fields[2] == user.split(":")[0]]
-    return home
 
 
 def _volume(place: Path, layer: Path, mount: Mapping[str, Any], volumes: Mapping[str, Path]) -> str:

@@ -27,9 +27,10 @@ V1 = Path("/usr/bin/docker-compose")
 
 def compose(form: str, program: Path = V2, **variables: str) -> dict[str, Any]:
     """compose.yaml as Compose understands it, from the repository's root with nothing else in the environment."""
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COMPOSE_PROFILES": "student", **variables}
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COMPOSE_PROFILES": "student"}
     if FORMS[form]:
         environment["COMPOSE_FILE"] = FORMS[form]
+    environment |= variables
     done = subprocess.run([program, "config"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     result = yaml.safe_load(done.stdout)

@@ -233,3 +233,16 @@ def test_images_are_named_without_a_registry_and_with_a_version(services: dict[s
         assert not rest or not re.search(r"[.:]", first), f"{image} names a host"
         assert not image.endswith(":latest")
         assert ":" in image or image == "preceptor-student", f"{image} has no version"
+
+
+def test_override_for_tls_as_documented_is_understood(form: str, tmp_path: Path) -> None:
+    override = _written(tmp_path / "compose.tls.yaml", documented("compose.tls.yaml", "yaml"))
+    files = FORMS[form] or "deploy/compose.yaml"
+    for program in [V2, V1] if is_v1() else [V2]:
+        whole = compose(form, program, COMPOSE_FILE=f"{files}:{override}")
+        teacher = whole["services"]["teacher"]
+        assert [secret["source"] for secret in teacher["secrets"]] == ["teacher", "tls-cert", "tls-key"]
+        environment = environment_of(TEACHER_IMAGES, form) | without_nulls(teacher["environment"])
+        config = server_config(environment, SECRETS / "teacher.none.yaml")
+        assert (config.tls_cert, config.tls_key) == ("/run/secrets/tls-cert", "/run/secrets/tls-key")
+        assert whole["services"]["student"]["environment"]["STUDENT_TEACHER__URL"] == "grpcs://teacher:8301"

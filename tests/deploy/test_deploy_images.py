@@ -12,20 +12,21 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from certificates import Authority
 from container import Container, running
-from deployed import DEPLOY, compose, documented, seconds
+from deployed import DEPLOY, FORMS, compose, documented, seconds
 from imagebuild import ROOT, Build, context, exec_form, setting, stages_of
 from tinymodels import save_tiny
 from training import PROMPTS
 
 DOCKERFILES = {"teacher": DEPLOY / "teacher.Dockerfile", "student": DEPLOY / "student.Dockerfile"}
 FINAL = [("teacher", "cpu"), ("teacher", "gpu"), ("student", "student")]
-KEY = re.findall(r"api_keys: \[([^,]+),", documented("teacher.yaml", "yaml"))[0]
 READY_S = 300.0
 namespaces = pytest.mark.skipif(
     shutil.which("unshare") is None
@@ -76,12 +77,15 @@ def test_builder_is_sent_nothing_that_is_not_copied(tmp_path: Path) -> None:
 
 
 class Deployment:
-    """A teacher and a student, of the form for CPUs, with keys, on one network of their own."""
+    """A teacher and a student with keys and TLS, as docs/deployment.md sets them up, on one network of their own."""
 
-    def __init__(self, work: Path, *, online: bool) -> None:
+    def __init__(self, work: Path, *, online: bool, form: str = "cpu") -> None:
         self.work = work
+        override = work / "compose.tls.yaml"
+        override.write_text(documented("compose.tls.yaml", "yaml"))
         self.builds = {name: Build(path, _new(work / name), online=online) for name, path in DOCKERFILES.items()}
-        self.services = compose("cpu")["services"]
+        files = FORMS[form] or "deploy/compose.yaml"
+        self.services = compose(form, COMPOSE_FILE=f"{files}:{override}")["services"]
         cache = _new(work / "model-cache")
         save_tiny(cache / "teacher", seed=1)
         save_tiny(cache / "student", seed=2)
@@ -93,6 +97,12 @@ class Deployment:
         self.secrets = {name: work / f"{name}.yaml" for name in ("teacher", "student")}
         for name, file in self.secrets.items():
             file.write_text(documented(f"{name}.yaml", "yaml"))
+        authority = Authority(work, "authority")
+        pair = authority.issue("teacher")
+        self.secrets |= {"tls-cert": Path(pair.cert), "tls-key": Path(pair.key), "tls-ca": Path(authority.file)}
+        for file in self.secrets.values():
+            os.chown(file, 10001, 10001)
+            file.chmod(0o400)
 
     def start(self, name: str, stage: str, number: int, **more: Any) -> Any:
         return running(
@@ -116,7 +126,7 @@ def wait_until_healthy(teacher: Container, service: dict[str, Any], timeout_s: f
     while teacher.execute(service["healthcheck"]["test"][1:]).returncode != 0:
         assert teacher.process.poll() is None, teacher.said()
         assert time.monotonic() < deadline, teacher.said()
-        time.sleep(0.5)
+        time.sleep(2.0)
 
 
 LOCKED = """
@@ -131,22 +141,32 @@ for path in sys.argv[1:]:
         print("refused", path)
 """
 
+WITHOUT_KEY = """
+import ssl, urllib.error, urllib.request
+context = ssl.create_default_context()
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+try:
+    print(urllib.request.urlopen("https://teacher:8300/v1/info", context=context).status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+"""
+
 
 @namespaces
 @pytest.mark.slow
 def test_images_build_and_run_as_compose_has_them(tmp_path: Path) -> None:
-    check_images(Deployment(tmp_path, online=False))
+    check_images(Deployment(tmp_path, online=False), check_student)
 
 
 @namespaces
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_images_build_from_the_package_index_and_run(tmp_path: Path) -> None:
-    check_images(deployment := Deployment(tmp_path, online=True))
+    check_images(deployment := Deployment(tmp_path, online=True), check_training)
     assert not [build.replaced for build in deployment.builds.values() if build.replaced]
 
 
-def check_images(deployment: Deployment) -> None:
+def check_images(deployment: Deployment, of_student: Callable[[Deployment, Container], None]) -> None:
     options = {"TEACHER_MODEL": "/cache/teacher", "OMP_NUM_THREADS": "1"}
     service = deployment.services["teacher"]
     with deployment.start("teacher", "cpu", 1, environment=options) as teacher:
@@ -154,9 +174,8 @@ def check_images(deployment: Deployment) -> None:
         check_locked(teacher, writable=["/cache", "/tmp"], locked=["/", "/opt/preceptor", "/run", "/etc"])
         metrics = "import urllib.request as r; print(r.urlopen('http://teacher:9464/metrics').read().decode())"
         assert "preceptor_queue_limit_tokens " in teacher.execute(["python", "-c", metrics]).stdout
-        asked = teacher.execute(["teacher-check", "grpc://teacher:8301"])
-        assert asked.returncode != 0, "a caller without a key is refused"
-        check_training(deployment, teacher)
+        assert teacher.execute(["python", "-c", WITHOUT_KEY]).stdout == "401\n"
+        of_student(deployment, teacher)
         allowed_s = seconds(service["stop_grace_period"])
         status, took_s = teacher.stop(allowed_s)
         assert status == 0, teacher.said()
@@ -168,6 +187,20 @@ def check_locked(container: Container, *, writable: list[str], locked: list[str]
     first, *rest = done.stdout.splitlines()
     assert first == "10001 10001 0 0 1", done
     assert rest == [f"wrote {path}" for path in writable] + [f"refused {path}" for path in locked]
+
+
+def check_student(deployment: Deployment, teacher: Container) -> None:
+    """The entry point reads its configuration, and the client reaches the teacher with the key and over TLS."""
+    words = ["student.model=m", "data.source=p", "--print-config"]
+    with deployment.start("student", "student", 2, arguments=words, beside=teacher) as student:
+        assert student.process.wait(READY_S) == 0, student.said()
+        assert "url: grpcs://teacher:8301" in student.said() or "- grpcs://teacher:8301" in student.said()
+    key = yaml.safe_load(deployment.secrets["student"].read_text())["teacher"]["api_key"]
+    command = ["teacher-check", "grpcs://teacher:8301"]
+    with deployment.start(
+        "student", "student", 3, environment={"TEACHER_API_KEY": key}, entry_point=command, beside=teacher
+    ) as client:
+        assert client.process.wait(READY_S) == 0, client.said()
 
 
 def check_training(deployment: Deployment, teacher: Container) -> None:
@@ -185,7 +218,7 @@ def check_training(deployment: Deployment, teacher: Container) -> None:
 @pytest.fixture
 def gpu_deployment(tmp_path: Path) -> Deployment:
     pytest.importorskip("vllm")
-    return Deployment(tmp_path, online=False)
+    return Deployment(tmp_path, online=False, form="gpu")
 
 
 @namespaces
@@ -194,8 +227,7 @@ def gpu_deployment(tmp_path: Path) -> Deployment:
 @pytest.mark.timeout(1200)
 def test_gpu_image_starts_vllm_under_the_same_lock(gpu_deployment: Deployment) -> None:
     """With vLLM's CPU build in the place of the one for GPUs."""
-    service = {**gpu_deployment.services["teacher"]}
-    service["environment"] = {**compose("gpu")["services"]["teacher"]["environment"]}
+    service = gpu_deployment.services["teacher"]
     options = {"TEACHER_MODEL": "/cache/teacher", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with gpu_deployment.start("teacher", "gpu", 1, environment=options) as teacher:
         wait_until_healthy(teacher, service, 600.0)

@@ -23,6 +23,7 @@ from training import free_port, wait_until
 from transformers import AutoModelForCausalLM
 
 from teacher_api.client import TeacherClient
+from teacher_api.errors import TeacherError
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest
 from teacher_server.backends.vllm_node import FirstNode, NodeEnded
 from teacher_server.config import ServerConfig
@@ -127,15 +128,15 @@ class Nodes:
     def log(self, rank: int) -> Path:
         return self._folder / f"node-{rank}.log"
 
-    def wait_until_ready(self) -> None:
-        def ready() -> bool:
-            assert self.running[0].poll() is None, self.log(0).read_text()[-3000:]
-            try:
-                return httpx.get(f"http://127.0.0.1:{self.http}/readyz", timeout=10).status_code == 200
-            except httpx.TransportError:
-                return False
+    def readiness(self) -> int:
+        assert self.running[0].poll() is None, self.log(0).read_text()[-3000:]
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.http}/readyz", timeout=10).status_code
+        except httpx.TransportError:
+            return 0
 
-        wait_until(ready, timeout_s=START_S, what="the first node's readiness")
+    def wait_until_ready(self) -> None:
+        wait_until(lambda: self.readiness() == 200, timeout_s=START_S, what="the first node's readiness")
 
     def kill(self) -> None:
         for process in self.running.values():
@@ -173,12 +174,21 @@ def test_two_nodes_score_right_lose_each_other_and_come_back(tmp_path: Path) -> 
         assert "ready node 1 of 2" in nodes.log(1).read_text()
 
         nodes.running[0].kill()  # the first: the other ends, and says that it may be started again
+        nodes.running[0].wait()
         assert nodes.running[1].wait(60) == GONE, nodes.log(1).read_text()[-3000:]
         assert "the first node's engine" in nodes.log(1).read_text()
 
         nodes.start(1)  # in the other order
         nodes.start(0)
         assert check() == fingerprint, "where the nodes are is no part of it"
+
+        nodes.running[1].kill()  # the other: the first's engine fails in the next forward, and starts again with it
+        nodes.running[1].wait()
+        with TeacherClient(f"grpc://127.0.0.1:{nodes.grpc}", timeout_s=60) as client, pytest.raises(TeacherError):
+            client.score(ScoreRequest([Completion("a", tokens)]))
+        assert nodes.readiness() == 503
+        nodes.start(1)
+        assert check() == fingerprint
 
         nodes.running[0].send_signal(signal.SIGTERM)  # both are told to stop: the second stays until the first is done
         nodes.running[1].send_signal(signal.SIGTERM)
