@@ -8,6 +8,7 @@ import time
 from importlib.metadata import version
 from typing import Any
 
+from teacher_server.cache import SOURCES, Tally
 from teacher_server.caller import Caller
 from teacher_server.counts import Work
 from teacher_server.history import History, Series
@@ -36,6 +37,7 @@ def status_of(service: TeacherService, caller: Caller) -> dict[str, Any]:
         "you": {"tenant": caller.tenant, "admin": caller.is_admin},
         "teacher": _teacher(service),
         "queue": _queue(service, caller),
+        "cache": _cache(service, caller),
         **_figures(history, work, series),
         "history": _history(history, series),
         "tenants": [_tenant(service, name, series) for name in names],
@@ -74,6 +76,21 @@ def _queue(service: TeacherService, caller: Caller) -> dict[str, Any]:
         "forwards": service.forwards.running,
         "engine_restarts": service.engine_restarts,
     }
+
+
+def _cache(service: TeacherService, caller: Caller) -> dict[str, Any]:
+    """Sequences since the start by where their scores came from; how much is kept, for admins."""
+    cache = service.cache
+    tallies = cache.tallies.values() if caller.is_admin else [cache.tallies.get(caller.tenant, Tally())]
+    found: dict[str, Any] = {
+        "enabled": cache.config.enabled,
+        "sequences": {source: sum(tally.sequences[source] for tally in tallies) for source in SOURCES},
+    }
+    if caller.is_admin:
+        found |= {"bytes": cache.memory.num_bytes, "limit_bytes": cache.memory.max_bytes}
+        if cache.disk is not None:
+            found |= {"disk_bytes": cache.disk.num_bytes, "disk_limit_bytes": cache.disk.max_bytes}
+    return found
 
 
 def _figures(history: History, work: Work, series: Series) -> dict[str, Any]:

@@ -128,7 +128,11 @@
     put("requests", number(rates.requests));
     put("requests-more", `${number(hour.outcomes.ok || 0)} in the last hour`);
     put("cache", percent(share(hour.cached_tokens, hour.computed_tokens + hour.cached_tokens)));
-    put("cache-more", `${number(hour.cached_tokens)} tokens spared`);
+    const { cache } = last, kept = [];
+    if (cache.limit_bytes) kept.push(`${number(cache.bytes)}B of ${number(cache.limit_bytes)}B`);
+    if (cache.disk_limit_bytes) kept.push(`disk ${number(cache.disk_bytes)}B of ${number(cache.disk_limit_bytes)}B`);
+    if (!cache.enabled) kept.push("switched off");
+    put("cache-more", [`${number(hour.cached_tokens)} tokens spared`, ...kept].join(" · "));
     const refused = Object.entries(hour.outcomes).filter(([kind]) => kind !== "ok").sort((a, b) => b[1] - a[1]);
     put("refused", number(refused.reduce((sum, [, count]) => sum + count, 0)));
     put("refused-more", refused.length ? `most: ${words(refused[0][0])}` : "none in the last hour");

@@ -35,7 +35,7 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def server(quick: None) -> Iterator[Server]:
-    with serving(tenants=tenants(), max_sequence_tokens=64) as running:
+    with serving(tenants=tenants(), max_sequence_tokens=64, cache={"enabled": True}) as running:
         yield running
 
 
@@ -87,6 +87,9 @@ def test_it_says_what_was_sent_and_an_admin_sees_everybody(server: Server) -> No
     assert by_name["left"]["share"] == pytest.approx(5 / 15)
     assert by_name["right"]["share"] == pytest.approx(10 / 15)
     assert 0 < found["latency_s"]["p50"] <= found["latency_s"]["p95"] <= found["latency_s"]["p99"] < 600
+    assert found["cache"]["enabled"]
+    assert found["cache"]["sequences"] == {"memory": 0, "disk": 0, "flight": 0, "engine": 3}
+    assert 0 < found["cache"]["bytes"] < found["cache"]["limit_bytes"]
     step_s, kept = found["history"]["step_s"], found["history"]
     assert sum(kept["computed"]) * step_s + sum(kept["cached"]) * step_s == pytest.approx(15)
     assert sum(kept["answered"]) * step_s == pytest.approx(2)
@@ -97,6 +100,7 @@ def test_it_says_what_was_sent_and_an_admin_sees_everybody(server: Server) -> No
 def test_another_tenants_work_changes_nothing_that_a_tenant_sees(server: Server) -> None:
     post(server, request_of([1, 2, 3]), **bearer("left"))
     before = settled(server, "left")
+    assert set(before["cache"]) == {"enabled", "sequences"}
     everybody = settled(server, "boss")
     for _ in range(5):
         assert post(server, request_of([7] * 20, [8] * 30), **bearer("right")).status_code == 200
