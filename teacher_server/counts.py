@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from teacher_api.errors import KINDS, TeacherError
 from teacher_api.types import Scores
+from teacher_server.caller import Caller
 from teacher_server.histogram import Histogram
 
 SCORING = ("score", "score_stream", "completions")
@@ -50,9 +51,14 @@ class Outcome:
 
     name: str = OK
     tenant: str = ""
+    experiment: str = ""
+    run: str = ""
     request_id: str = ""
     about: str = ""  # the field that an error names
     began: float = field(default_factory=time.monotonic)
+
+    def called_by(self, caller: Caller) -> None:
+        self.tenant, self.experiment, self.run = caller.tenant, caller.experiment, caller.run
 
     def refused(self, error: TeacherError) -> None:
         """It ends with `error`."""

@@ -247,7 +247,9 @@ async def _with_status(context: Any, metadata: dict[str, str], keys: KeyRing, wo
         key = keys.check(metadata.get("authorization"))
         outcome.tenant = key.tenant
         context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
-        return await work(request_id, key.from_headers(metadata))
+        caller = key.from_headers(metadata)
+        outcome.called_by(caller)
+        return await work(request_id, caller)
     except TeacherError as error:
         outcome.refused(error)
         await _abort(context, error, request_id)

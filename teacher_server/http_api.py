@@ -241,6 +241,7 @@ class _Envelope:
             key = self._keys.check(headers.get("authorization"))
             outcome.tenant = key.tenant
             scope["caller"] = key.from_headers(headers)
+            outcome.called_by(scope["caller"])
             await self._app(scope, receive, with_id)
         except TeacherError as error:
             outcome.refused(error)

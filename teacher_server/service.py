@@ -47,6 +47,7 @@ from teacher_server.output_check import checked
 from teacher_server.scheduler import Scheduler
 from teacher_server.usage import Usage
 from teacher_server.validation import answer_bytes, check_fingerprint, jobs_of
+from teacher_server.watch import called_by
 
 RETRY_WHILE_STARTING_S = 1.0
 RETRY_WHILE_FULL_S = 5.0
@@ -273,6 +274,7 @@ class TeacherService:
         """
         info = self.open_info(decoded.request.teacher)
         caller = caller.named(decoded.request.metadata)
+        called_by(caller)
         jobs = jobs_of(decoded, info)
         good = [job for job in jobs if isinstance(job, ScoreJob)]
         if not good:

@@ -16,6 +16,7 @@ from teacher_server.backends.base import ScoreJob
 from teacher_server.caller import Caller
 from teacher_server.service import Answer, TeacherService
 from teacher_server.validation import answer_bytes, jobs_of
+from teacher_server.watch import called_by
 
 MAX_STREAM_COMPLETIONS = 1 << 18  # ids remembered to refuse repeats; a few MiB a stream
 
@@ -134,6 +135,7 @@ class StreamSession:
         deadline, caller = service.deadline(decoded.request, self._remaining_s()), self._caller
         try:
             caller = self._caller.named(decoded.request.metadata)
+            called_by(caller)
             info = service.info_of(decoded.request.teacher)
             jobs = jobs_of(decoded, info)
         except TeacherError as refused:  # of this message only: the stream goes on

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 
 import structlog
 
 from teacher_api.errors import InvalidRequest
 from teacher_api.tracing import Tracing
+from teacher_server.caller import Caller
 from teacher_server.counts import OK, Counts, Outcome
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
 
 log = structlog.get_logger("teacher_server.requests")
 SERVER_FAULTS = frozenset({"internal", "backend_failed", "invalid_backend_output", "unavailable"})
 """Outcomes that make a span an error: the others are the caller's doing, or the answer to it."""
+
+_in_work: ContextVar[Outcome | None] = ContextVar("in_work", default=None)
+
+
+def called_by(caller: Caller) -> None:
+    """Says of the request in work, if there is one, for which experiment it is: its message may know better than its
+    headers."""
+    outcome = _in_work.get()
+    if outcome is not None:
+        outcome.called_by(caller)
 
 
 @contextlib.contextmanager
@@ -33,12 +45,14 @@ def watched(
         tracing.span(f"teacher.{method}", told, parent=tracing.incoming(headers), server=True) as span,
     ):
         outcome.request_id = request_id
+        _in_work.set(outcome)  # of this task and those that it makes: each request has its own
         ids = {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
         with structlog.contextvars.bound_contextvars(**ids):
             try:
                 yield outcome
             finally:
-                span.set({"preceptor.outcome": outcome.name, "preceptor.tenant": outcome.tenant})
+                who = {"tenant": outcome.tenant, "experiment": outcome.experiment, "run": outcome.run}
+                span.set({"preceptor.outcome": outcome.name, **{f"preceptor.{key}": who[key] for key in who}})
                 if outcome.name in SERVER_FAULTS:
                     span.fail(outcome.name)
                 log.info(
@@ -46,7 +60,7 @@ def watched(
                     transport=transport,
                     method=method,
                     outcome=outcome.name,
-                    tenant=outcome.tenant,
+                    **who,
                     seconds=round(outcome.seconds(), 6),
                     **({} if outcome.name == OK else {"field": outcome.about}),
                 )

@@ -219,6 +219,21 @@ def test_the_process_is_in_the_metrics(server: Server) -> None:
     assert samples["preceptor_ready", ()] == samples["preceptor_live", ()] == samples["preceptor_engine_up", ()] == 1
 
 
+def test_no_caller_can_make_a_series(server: Server) -> None:
+    """Labels come from closed sets: whatever callers invent ends up in those that are there."""
+    post(server, request_of([1, 2]))
+    before = set(settled(server))
+    for number in range(5):
+        odd = {"preceptor-experiment": f"e{number}", "preceptor-run": f"r{number}", "x-request-id": f"i{number}"}
+        post(server, request_of([1, number]), **odd)
+        post(server, request_of([1, number]), **{"preceptor-tenant": f"t{number}"})
+        server.http.request(f"ODD{number}", f"{server.http_url}/v1/odd{number}")
+        server.http.get(f"{server.http_url}/v1/info?teacher=odd{number}")
+        with channel(server) as opened, pytest.raises(grpc.RpcError):
+            call(opened, f"Odd{number}", b"")
+    assert set(settled(server)) == before
+
+
 def test_who_is_served_is_what_the_description_says(server: Server) -> None:
     samples, info = scrape(server), server.info()
     ((_, labels),) = [key for key in samples if key[0] == "preceptor_teacher_info"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from reliability import RecordProperty, holds
 from serving import Server, call, channel, post, request_of, serving, status_of
 
 from teacher_api import wire
+from teacher_api.types import CallMetadata
 
 KEY, POISON = "a-key-for-this-test", 401
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -73,7 +75,9 @@ def test_one_id_everywhere(capfd: pytest.CaptureFixture[str], record_property: R
         ids = {name: ask(server, name) for name, (_, ask) in CASES.items()}
         assert ids == {name: name for name in CASES}
         http(server, "a-batch-that-fails", request_of([1, POISON]))
-        spans = collector.wait(len(CASES) + 1, "teacher.score")
+        metadata = CallMetadata(experiment="maths", run="maths-7")  # in the message; headers come before it
+        http(server, "a-request-for-a-run", replace(GOOD, metadata=metadata), **{"preceptor-experiment": "other"})
+        spans = collector.wait(len(CASES) + 2, "teacher.score")
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     ended = {line["request_id"]: line for line in lines if line["event"] == "request"}
     traced = {span.attributes["preceptor.request_id"]: span for span in spans if span.name == "teacher.score"}
@@ -88,12 +92,18 @@ def test_one_id_everywhere(capfd: pytest.CaptureFixture[str], record_property: R
         assert traced[name].parent_id == "b" * 16
         assert traced[name].attributes["preceptor.outcome"] == outcome
         assert not traced[name].is_error  # the callers' doing
-    assert sum(span.name == "forward" for span in spans) == 3  # of the two that were scored, and of the one that failed
+    assert (
+        sum(span.name == "forward" for span in spans) == 4
+    )  # of the three that were scored, and of the one that failed
     parents = {span.span_id: span for span in spans}
     for span in spans:
         if span.name in ("queue", "forward"):
             parent = parents[span.parent_id]
             assert parent.started_ns <= span.started_ns <= span.ended_ns <= parent.ended_ns
+    named = ended["a-request-for-a-run"]
+    assert (named["tenant"], named["experiment"], named["run"]) == ("default", "maths", "maths-7")
+    of_span = traced["a-request-for-a-run"].attributes
+    assert (of_span["preceptor.experiment"], of_span["preceptor.run"]) == ("maths", "maths-7")
     assert all(KEY not in json.dumps(line) for line in lines)
     holds(
         record_property, "S18", f"{len(CASES)} ways to end, one id in header or trailer, error, log line and span each"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ from serving import Server, channel, post, request_of, serving
 
 from teacher_api import wire
 from teacher_server import history
+from teacher_server.caller import Caller
+from teacher_server.config import ServerConfig
+from teacher_server.lifecycle import Lifecycle
+from teacher_server.service import TeacherService
+from teacher_server.status import status_of
 
 pytestmark = pytest.mark.slow
 KEYS = {"boss": "the-key-of-the-boss", "left": "the-key-of-left", "right": "the-key-of-right"}
@@ -168,3 +174,13 @@ def test_without_keys_everybody_is_shown_everything() -> None:
         found = server.http.get(f"{server.http_url}/v1/status").json()
         assert found["you"] == {"tenant": "default", "admin": True}
         assert server.http.get(f"{server.http_url}/").status_code == 200
+
+
+def test_while_the_model_loads_there_is_a_status_too() -> None:
+    service = TeacherService(ServerConfig(model="m", backend="fake"), Lifecycle(stall_s=1.0, high_water=0.9))
+    for caller in (Caller(is_admin=True), Caller("somebody")):
+        found = json.loads(json.dumps(status_of(service, caller)))
+        assert found["teacher"] is None
+        assert found["state"] == {"ready": False, "status": "starting", "live": True}
+        assert found["rates"] == {"tokens": 0, "cached_tokens": 0, "requests": 0, "refused": 0}
+        assert found["latency_s"] == {"p50": None, "p95": None, "p99": None}
