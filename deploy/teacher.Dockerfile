@@ -28,14 +28,16 @@ RUN pip install -c requirements/server.txt vllm==0.32.0
 COPY --from=wheel /wheels /wheels
 RUN pip install --no-deps /wheels/*.whl
 
-# What both images have beside their environment: a user, and the one directory that it may write to (a volume).
+# What both images have beside their environment: a user, and the directories that it may write to (volumes): models from
+# the hub and what is compiled in /cache, accounts and kept scores in /state.
 FROM python:3.11-slim-bookworm AS runtime
-RUN useradd --uid 10001 --user-group --home-dir /cache --create-home preceptor
+RUN useradd --uid 10001 --user-group --home-dir /cache --create-home preceptor && \
+    install -d -o 10001 -g 10001 /state
 ENV HOME=/cache PATH=/opt/preceptor/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/cache/huggingface NUMBA_CACHE_DIR=/cache/numba \
     TEACHER_HOST=0.0.0.0 TEACHER_METRICS_HOST=0.0.0.0 TEACHER_METRICS_PORT=9464 TEACHER_PROBE_PORT=8302
 WORKDIR /cache
-VOLUME /cache
+VOLUME /cache /state
 EXPOSE 8300 8301 8302 9464
 # A large model loads for minutes; the start period counts no failure, and ends with the first success.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=1800s --retries=3 \

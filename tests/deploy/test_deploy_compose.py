@@ -21,6 +21,7 @@ from teacher_server.app import CLOSE_S
 from teacher_server.config import ServerConfig
 from teacher_server.front import Front
 from teacher_server.lifecycle import Lifecycle
+from teacher_server.tenants import read_tenants
 
 TEACHER_IMAGES, STUDENT_IMAGE = (
     stages_of(DEPLOY / "teacher.Dockerfile"),
@@ -96,7 +97,7 @@ def test_variables_called_like_options_are_options() -> None:
     )
     names = set(re.findall(r"\b(TEACHER_\w+)", text)) - {"TEACHER_CONFIG"}
     assert names
-    assert {name.removeprefix("TEACHER_").lower() for name in names} <= ServerConfig.model_fields.keys()
+    assert {name.removeprefix("TEACHER_").lower().split("__")[0] for name in names} <= ServerConfig.model_fields.keys()
 
 
 def test_every_option_is_one_that_student_train_has(services: dict[str, Any]) -> None:
@@ -204,6 +205,10 @@ def test_secrets_as_documented_are_understood(form: str, services: dict[str, Any
     environment = environment_of(TEACHER_IMAGES, form) | without_nulls(services["teacher"]["environment"])
     keys = {key.get_secret_value() for key in server_config(environment, file).api_keys}
     assert len(keys) == 2
+    file.write_text(documented("teacher.yaml for several teams", "yaml"))
+    tenants = server_config(environment, file).tenants
+    assert tenants["platform"].admin
+    assert read_tenants(file) == tenants, "it can also be the tenants_file"
     config, _ = settings.load(
         TrainConfig,
         [f"--config={_written(tmp_path / 'student.yaml', documented('student.yaml', 'yaml'))}"],

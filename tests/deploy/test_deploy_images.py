@@ -93,7 +93,12 @@ class Deployment:
         (data / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
         data.chmod(0o755)
         source = next(v["source"] for v in self.services["student"]["volumes"] if v["type"] == "bind")
-        self.volumes = {"model-cache": cache, "runs": _new(work / "runs"), source: data}
+        self.volumes = {
+            "model-cache": cache,
+            "runs": _new(work / "runs"),
+            "teacher-state": _new(work / "state"),
+            source: data,
+        }
         self.secrets = {name: work / f"{name}.yaml" for name in ("teacher", "student")}
         for name, file in self.secrets.items():
             file.write_text(documented(f"{name}.yaml", "yaml"))
@@ -141,15 +146,20 @@ for path in sys.argv[1:]:
         print("refused", path)
 """
 
-WITHOUT_KEY = """
-import ssl, urllib.error, urllib.request
+PAGES = """
+import ssl, sys, urllib.error, urllib.request
 context = ssl.create_default_context()
 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-try:
-    print(urllib.request.urlopen("https://teacher:8300/v1/info", context=context).status)
-except urllib.error.HTTPError as error:
-    print(error.code)
+headers = dict(word.split("=") for word in sys.argv[1:])
+def status(path):
+    request = urllib.request.Request("https://teacher:8300" + path, headers=headers)
+    try:
+        return urllib.request.urlopen(request, context=context).status
+    except urllib.error.HTTPError as error:
+        return error.code
+print(status("/v1/info"), status("/"))
 """
+"""A route of the API, and one that is served from the wheel's files."""
 
 
 @namespaces
@@ -171,10 +181,12 @@ def check_images(deployment: Deployment, of_student: Callable[[Deployment, Conta
     service = deployment.services["teacher"]
     with deployment.start("teacher", "cpu", 1, environment=options) as teacher:
         wait_until_healthy(teacher, service)
-        check_locked(teacher, writable=["/cache", "/tmp"], locked=["/", "/opt/preceptor", "/run", "/etc"])
+        check_locked(teacher, writable=["/cache", "/state", "/tmp"], locked=["/", "/opt/preceptor", "/run", "/etc"])
         metrics = "import urllib.request as r; print(r.urlopen('http://teacher:9464/metrics').read().decode())"
         assert "preceptor_queue_limit_tokens " in teacher.execute(["python", "-c", metrics]).stdout
-        assert teacher.execute(["python", "-c", WITHOUT_KEY]).stdout == "401\n"
+        key = yaml.safe_load(deployment.secrets["student"].read_text())["teacher"]["api_key"]
+        assert teacher.execute(["python", "-c", PAGES]).stdout == "401 401\n"
+        assert teacher.execute(["python", "-c", PAGES, f"authorization=Bearer {key}"]).stdout == "200 200\n"
         of_student(deployment, teacher)
         allowed_s = seconds(service["stop_grace_period"])
         status, took_s = teacher.stop(allowed_s)

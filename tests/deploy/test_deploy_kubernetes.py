@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from deployed import DEPLOY, documented, server_config
-from imagebuild import ROOT, environment_of, stages_of
+from imagebuild import ROOT, environment_of, setting, stages_of
 from serving import serving
 
 from teacher_server.app import CLOSE_S
@@ -165,15 +165,12 @@ def test_pods_can_write_to_their_volumes_alone(folder: str, workload: dict[str, 
     assert context["fsGroup"] == context["runAsGroup"], "volumes and keys are the user's"
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}
     assert of_pod["automountServiceAccountToken"] is False
-    mounts = {mount["name"]: mount for mount in asked["volumeMounts"]}
-    assert {mount["mountPath"] for mount in mounts.values() if not mount.get("readOnly")} == {
-        "/cache",
-        "/tmp",
-        "/dev/shm",
-    }
+    mounts = asked["volumeMounts"]
+    image = set(setting(stages_of(DEPLOY / "teacher.Dockerfile"), "gpu", "VOLUME").split())
+    assert {mount["mountPath"] for mount in mounts if not mount.get("readOnly")} == {*image, "/tmp", "/dev/shm"}
     volumes = {volume["name"] for volume in of_pod["volumes"]}
     volumes |= {claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", [])}
-    assert volumes == mounts.keys()
+    assert volumes == {mount["name"] for mount in mounts}
     assert "hostPath" not in str(of_pod)
 
 
