@@ -15,6 +15,8 @@ from teacher_server.counts import OK, Counts, Outcome
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
 
 log = structlog.get_logger("teacher_server.requests")
+POLLED = "status"
+"""What each open page asks for every two seconds: not traced, and not logged at info where it is answered."""
 SERVER_FAULTS = frozenset({"internal", "backend_failed", "invalid_backend_output", "unavailable"})
 """Outcomes that make a span an error: the others are the caller's doing, or the answer to it."""
 
@@ -42,7 +44,9 @@ def watched(
     told = {"preceptor.request_id": request_id, "preceptor.transport": transport}
     with (
         counts.request(transport, method) as outcome,
-        tracing.span(f"teacher.{method}", told, parent=tracing.incoming(headers), server=True) as span,
+        (Tracing() if method == POLLED else tracing).span(
+            f"teacher.{method}", told, parent=tracing.incoming(headers), server=True
+        ) as span,
     ):
         outcome.request_id = request_id
         _in_work.set(outcome)  # of this task and those that it makes: each request has its own
@@ -55,7 +59,8 @@ def watched(
                 span.set({"preceptor.outcome": outcome.name, **{f"preceptor.{key}": who[key] for key in who}})
                 if outcome.name in SERVER_FAULTS:
                     span.fail(outcome.name)
-                log.info(
+                tell = log.debug if method == POLLED and outcome.name == OK else log.info
+                tell(
                     "request",
                     transport=transport,
                     method=method,

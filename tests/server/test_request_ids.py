@@ -72,6 +72,8 @@ def test_one_id_everywhere(capfd: pytest.CaptureFixture[str], record_property: R
             trace_share=0.0,  # only what callers trace
         ) as server,
     ):
+        polled = {**BEARER, "x-request-id": "an-open-page", "traceparent": TRACEPARENT}
+        assert server.http.get(f"{server.http_url}/v1/status", headers=polled).headers["x-request-id"] == "an-open-page"
         ids = {name: ask(server, name) for name, (_, ask) in CASES.items()}
         assert ids == {name: name for name in CASES}
         http(server, "a-batch-that-fails", request_of([1, POISON]))
@@ -100,6 +102,8 @@ def test_one_id_everywhere(capfd: pytest.CaptureFixture[str], record_property: R
         if span.name in ("queue", "forward"):
             parent = parents[span.parent_id]
             assert parent.started_ns <= span.started_ns <= span.ended_ns <= parent.ended_ns
+    assert "an-open-page" not in ended  # each two seconds, from every tab
+    assert "teacher.status" not in {span.name for span in spans}
     named = ended["a-request-for-a-run"]
     assert (named["tenant"], named["experiment"], named["run"]) == ("default", "maths", "maths-7")
     of_span = traced["a-request-for-a-run"].attributes
