@@ -51,6 +51,7 @@ class FakeVllm:
     faults: list[Any] = field(default_factory=list)  # of scoring calls, in order: Refusal, Cut, "hang", or a change
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
+    traces: list[str] = field(default_factory=list)  # traceparent of each call that had one
     in_flight: int = 0
     most_in_flight: int = 0
     hold: asyncio.Event | None = None  # scoring calls wait for it
@@ -167,6 +168,7 @@ async def serve_vllm(vllm: FakeVllm, port: int = 0) -> AsyncIterator[str]:
         if scope["type"] != "http":
             return
         headers = {k.decode(): v.decode() for k, v in scope["headers"]}
+        vllm.traces += filter(None, [headers.get("traceparent")])
         body, more = b"", True
         while more:
             event = await receive()

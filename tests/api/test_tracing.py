@@ -11,7 +11,9 @@ import time
 
 import pytest
 from collector import collecting
+from openai_calls import a_request, fake, run
 
+from teacher_api.client import AsyncTeacherClient
 from teacher_api.tracing import CLOSE_S, Tracing, headers
 
 OFF = """
@@ -63,6 +65,25 @@ def test_a_trace_goes_through_threads_and_headers_to_the_collector() -> None:
     assert not spans["score"].is_error
     assert (spans["forward"].started_ns, spans["forward"].ended_ns) == (10, 20)
     assert spans["forward"].attributes == {"n": 3}
+
+
+@pytest.mark.slow
+def test_calls_to_a_stock_server_carry_it_too() -> None:
+    vllm = fake()
+    with collecting() as collector:
+        tracing = Tracing.to(collector.url, service="s")
+
+        async def work(client: AsyncTeacherClient) -> str:
+            await client.score(a_request(1))
+            assert vllm.traces == []
+            with tracing.span("scored", {}) as span:
+                await client.score(a_request(1))
+                return span.trace_id
+
+        trace_id = run(vllm, work)
+        tracing.close()
+        (scored,) = collector.wait(1, "scored")
+    assert vllm.traces == [f"00-{trace_id}-{scored.span_id}-01"]
 
 
 def test_the_share_is_of_traces_that_begin_here_and_a_callers_own_is_followed() -> None:
