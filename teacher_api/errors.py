@@ -11,6 +11,7 @@ Tree (to add a kind: add a subclass here with its row, and its line in docs/prot
     ├── Unauthenticated         401  UNAUTHENTICATED
     ├── PermissionDenied        403  PERMISSION_DENIED
     ├── NotFound                404  NOT_FOUND
+    ├── Incomplete              408  UNAVAILABLE          retryable: the request did not come whole, and in time
     ├── Overloaded              429  RESOURCE_EXHAUSTED   retryable, with retry_after_s
     ├── Unavailable             503  UNAVAILABLE          retryable: starting, draining, or unreachable
     ├── BackendFailed           503  UNAVAILABLE          retryable: the engine failed on this work
@@ -102,6 +103,10 @@ class NotFound(TeacherError):
     kind, http_status, grpc_code = "not_found", 404, "NOT_FOUND"
 
 
+class Incomplete(TeacherError):
+    kind, http_status, grpc_code, retryable = "incomplete", 408, "UNAVAILABLE", True
+
+
 class Overloaded(TeacherError):
     kind, http_status, grpc_code, retryable = "overloaded", 429, "RESOURCE_EXHAUSTED", True
 
@@ -144,6 +149,7 @@ KINDS: dict[str, type[TeacherError]] = {
         Unauthenticated,
         PermissionDenied,
         NotFound,
+        Incomplete,
         Overloaded,
         Unavailable,
         BackendFailed,

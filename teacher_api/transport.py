@@ -53,6 +53,7 @@ _BY_STATUS: dict[int, type[TeacherError]] = {
     401: errors.Unauthenticated,
     403: errors.PermissionDenied,
     404: errors.NotFound,
+    408: errors.Incomplete,
     413: errors.TooLarge,
     422: errors.Unsupported,
     429: errors.Overloaded,

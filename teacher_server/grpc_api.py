@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 
 from teacher_api import compression, wire
 from teacher_api import info as info_api
-from teacher_api.errors import InternalError, InvalidRequest, TeacherError, TooLarge
+from teacher_api.errors import Incomplete, InternalError, InvalidRequest, TeacherError, TooLarge
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server.answers import FRAME_BYTES, encoded, streamed_frames
 from teacher_server.auth import KeyRing
@@ -160,7 +160,7 @@ async def _only(requests: AsyncIterator[bytes], service: TeacherService) -> byte
             async for data in requests:
                 return data
     except TimeoutError:
-        raise InvalidRequest(f"the message had not come whole after {limit_s:.3g} s") from None
+        raise Incomplete(f"the message had not come whole after {limit_s:.3g} s") from None
     raise InvalidRequest("the call ended without a message")
 
 

@@ -12,7 +12,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from teacher_api.errors import Cancelled, InvalidRequest, TooLarge
+from teacher_api.errors import Cancelled, Incomplete, InvalidRequest, TooLarge
 from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.http_coding import without_coding
@@ -85,12 +85,12 @@ async def _body(request: Request, limit: int, config: ServerConfig, came: Callab
     started = now()
     while True:
         if now() - started > idle_s + size / config.body_bytes_per_s:
-            raise InvalidRequest(f"the body came at less than {config.body_bytes_per_s} bytes per second")
+            raise Incomplete(f"the body came at less than {config.body_bytes_per_s} bytes per second")
         try:
             async with asyncio.timeout(idle_s):
                 chunk = await anext(stream, None)
         except TimeoutError:
-            raise InvalidRequest(f"the body stopped for {idle_s:g} s before its end") from None
+            raise Incomplete(f"the body stopped for {idle_s:g} s before its end") from None
         except ClientDisconnect:
             raise Cancelled("the client went away before the end of its body") from None
         if chunk is None:

@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from teacher_api.errors import InvalidRequest
+from teacher_api.errors import Incomplete, InvalidRequest, TeacherError, TooLarge
 from teacher_server.problem import problem, request_id_of
 
 MAX_HEADER_BYTES = 1 << 16
@@ -104,7 +104,7 @@ class Connection(HttpToolsProtocol):
             self._header_bytes += len(data)
         super().data_received(data)
         if self._in_headers and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self._refuse(f"the headers have more than {MAX_HEADER_BYTES} bytes", 431)
+            self._refuse(TooLarge(f"the headers have more than {MAX_HEADER_BYTES} bytes"), 431)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -134,7 +134,7 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """As a problem document, where uvicorn's is text."""
-        self._refuse("this is not HTTP", 400)
+        self._refuse(InvalidRequest("this is not HTTP"), 400)
 
     def _expect_headers(self) -> None:
         self._header_timer = self.loop.call_later(self._header_s, self._headers_late)
@@ -145,12 +145,12 @@ class Connection(HttpToolsProtocol):
         if busy or self.flow.read_paused:  # the caller waits for us, or we do not read on
             self._expect_headers()
         elif self._in_headers:
-            self._refuse(f"the headers did not end within {self._header_s:g} s", 408)
+            self._refuse(Incomplete(f"the headers did not end within {self._header_s:g} s"), 408)
         else:
             self.transport.close()
 
-    def _refuse(self, why: str, status: int) -> None:
-        status, headers, body = problem(InvalidRequest(why), request_id_of(None), status)
+    def _refuse(self, error: TeacherError, status: int) -> None:
+        status, headers, body = problem(error, request_id_of(None), status)
         reason = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}[status]
         lines = [f"HTTP/1.1 {status} {reason}".encode(), *(b": ".join(header) for header in headers)]
         self.transport.write(b"\r\n".join([*lines, b"connection: close", b"", body]))

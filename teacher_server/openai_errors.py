@@ -19,6 +19,7 @@ _TYPES = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     412: "PreconditionFailedError",
     413: "RequestTooLargeError",
     429: "RateLimitError",
