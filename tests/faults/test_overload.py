@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from reliability import holds
 from serving import (
     PROTOBUF,
     Server,
@@ -115,7 +116,7 @@ def test_over_the_bound_callers_are_told_when_to_come_back_and_the_rest_is_serve
 
 
 @pytest.mark.parametrize("way", ["http", "grpc-field", "grpc-deadline"])
-def test_a_deadline_behind_a_long_job_comes_on_time_and_nothing_is_run(held: Server, way: str):
+def test_a_deadline_behind_a_long_job_comes_on_time_and_nothing_is_run(held: Server, way: str, record_property: Any):
     started = time.monotonic()
     if way == "http":
         answer = post(held, request_of([1, 2, 3], timeout_s=0.3))
@@ -127,14 +128,16 @@ def test_a_deadline_behind_a_long_job_comes_on_time_and_nothing_is_run(held: Ser
         with channel(held) as opened, pytest.raises(grpc.RpcError) as raised:
             call(opened, "Score", wire.encode_request(request_of([1, 2, 3])), timeout=0.3)
         assert raised.value.code().name == "DEADLINE_EXCEEDED"
-    assert time.monotonic() - started < 3
+    took = time.monotonic() - started
+    assert took < 3
     held.backend.gate.set()
     assert isinstance(ask_http(held, ScoreRequest([Completion("after", np.ones(3, np.int32))]))[0], Scores)
     assert held.backend.scored_ids == ["holder", "after"]
+    holds(record_property, "S6", f"{way}: {took - 0.3:+.2f} s from a deadline of 0.3 s, never run")
 
 
 @pytest.mark.parametrize("way", ["http", "http-stream", "grpc", "grpc-stream"])
-def test_the_queued_work_of_a_caller_that_leaves_is_dropped(held: Server, way: str):
+def test_the_queued_work_of_a_caller_that_leaves_is_dropped(held: Server, way: str, record_property: Any):
     request = wire.encode_request(ScoreRequest([Completion("gone", np.ones(64, np.int32))]))
     body = request.SerializeToString()
     full = ScoreRequest([Completion("fills", np.ones(64, np.int32))])
@@ -160,10 +163,13 @@ def test_the_queued_work_of_a_caller_that_leaves_is_dropped(held: Server, way: s
         others = [pool.submit(post, held, full) for _ in range(2)]  # with the holder and ours: all 256 tokens
         until(lambda: not ready(held), 10, "the bound was never reached")
         leave()
+        left = time.monotonic()
         until(lambda: ready(held), 2, "the place of the caller that left never became free")
+        took = time.monotonic() - left
         held.backend.gate.set()
         assert [other.result(30).status_code for other in others] == [200, 200]
     assert "gone" not in held.backend.scored_ids
+    holds(record_property, "S7", f"{way}: dropped {took:.2f} s after its caller left, never run")
     if not way.startswith("http"):
         opened.close()
 
