@@ -41,6 +41,7 @@ SETTINGS = {
     "header_s": 1.0,
     "body_idle_s": 1.0,
     "batch_sequences": BATCH,
+    "cache": {"memory_bytes": 1 << 20},  # full within a minute
     "fake_latency_s": LATENCY_S,
     "fake_poison_token": POISON,
     "fake_nan_token": NAN,

@@ -201,16 +201,17 @@ def test_sigterm_with_calls_in_flight_and_a_half_sent_body_fails_nobody(processe
         ThreadPoolExecutor(16) as pool,
     ):
         method = opened.unary_unary("/teacher.v1.TeacherService/Score")
-        over_grpc = [method.future(body(f"g{n}"), timeout=60) for n in range(16)]
+        over_grpc = [method.future(body(f"g{n}", 100 + n), timeout=60) for n in range(16)]
         over_http = [
-            pool.submit(client.post, f"{url}/v1/score", content=body(f"h{n}"), headers=PROTOBUF) for n in range(16)
+            pool.submit(client.post, f"{url}/v1/score", content=body(f"h{n}", 200 + n), headers=PROTOBUF)
+            for n in range(16)
         ]
         while not any(future.done() for future in over_http):  # the first batch is through, the others wait
             time.sleep(0.005)
         signalled = process.signal()
         while probe(url, "readyz") == 200:
             assert time.monotonic() - signalled < lame_duck_s, "readyz did not change"
-        late = client.post(f"{url}/v1/score", content=body("late"), headers=PROTOBUF)
+        late = client.post(f"{url}/v1/score", content=body("late", 300), headers=PROTOBUF)
         assert late.status_code == 200, "the lame duck still serves"
         for future in over_http:
             response = pb.ScoreResponse.FromString(future.result(60).content)
