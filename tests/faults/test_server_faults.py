@@ -369,14 +369,17 @@ def test_the_callers_request_id_comes_back_and_a_dangerous_one_does_not(server: 
         assert dict(made.trailing_metadata())["x-request-id"] == "mine-1"
 
 
-def test_every_route_and_method_but_the_probes_needs_the_key():
+def test_every_route_and_method_but_the_probes_needs_the_key(record_property: Any):
     keys = ["first-secret-key", "second-secret-key"]
     with serving(api_keys=keys) as server:
         schema = server.http.get(
             f"{server.http_url}/openapi.json", headers={"authorization": f"Bearer {keys[0]}"}
         ).json()
-        paths = [*schema["paths"], "/docs", "/openapi.json", "/static-offline-docs/swagger-ui.css", "/nowhere"]
-        assert {"/v1/score", "/v1/score/stream", "/v1/info", "/livez", "/readyz"} <= set(paths)
+        routes = {route.path for route in server.app._front.inner._app.routes}
+        paths = sorted({*schema["paths"], *routes, "/static-offline-docs/swagger-ui.css", "/nowhere"})
+        assert {"/", "/docs", "/openapi.json", "/v1/score", "/v1/score/stream", "/v1/info", "/livez", "/readyz"} <= set(
+            paths
+        )
         for path in paths:
             for method in ("GET", "POST"):
                 for sent in (None, "Bearer wrong-secret-key", "Bearer", "Basic first-secret-key", keys[0]):
@@ -386,16 +389,17 @@ def test_every_route_and_method_but_the_probes_needs_the_key():
         for key in keys:
             assert server.http.get(f"{server.http_url}/v1/info", headers={"authorization": f"bearer {key}"}).is_success
         with channel(server) as opened:
-            for method in ("GetInfo", "Score"):
-                with pytest.raises(grpc.RpcError) as raised:
-                    call(opened, method, b"")
-                assert raised.value.code().name == "UNAUTHENTICATED"
-            for path in (
-                "/teacher.v1.TeacherService/ScoreStream",
-                "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-            ):
+            service = pb.DESCRIPTOR.services_by_name["TeacherService"]
+            calls = [f"/{service.full_name}/{method.name}" for method in service.methods]
+            calls += ["/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
+            for path in calls:
                 with pytest.raises(grpc.RpcError) as raised:
                     list(opened.stream_stream(path)(iter([b""]), timeout=30))
                 assert raised.value.code().name == "UNAUTHENTICATED", path
             assert call(opened, "GetInfo", b"", metadata=(("authorization", f"Bearer {keys[1]}"),))
             assert opened.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=30) == b"\x08\x01"
+    holds(
+        record_property,
+        "S14",
+        f"{len(paths)} paths and {len(calls)} RPCs enumerated: none without the key but 3 probes",
+    )
