@@ -93,6 +93,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        held = transport.get_extra_info("socket")
+        if held is not None:  # asyncio does so itself, but not for listeners that were made with protocol number 0
+            held.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:

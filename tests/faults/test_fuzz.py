@@ -218,7 +218,7 @@ PATHS = ("/v1/score", "/v1/score/stream", "/v1/completions")
 TYPES = ("application/x-protobuf", "application/json", "text/plain", "")
 
 
-@pytest.mark.parametrize("cases", [200, pytest.param(10_000, marks=LONG)])
+@pytest.mark.parametrize("cases", [500, pytest.param(10_000, marks=LONG)])
 def test_raw_bodies(server: Server, cases: int, record_property: Any):
     """On every way in that takes a body, under every content type, packed or not."""
     chance = random.Random(22)
