@@ -98,7 +98,7 @@ def main() -> None:
     minutes, folder = float(sys.argv[1]), Path(sys.argv[2])
     settings = {
         "model": "Qwen3-32B", "fake_vocabulary": 64, "fake_latency_s": 0.2, "batch_tokens": 1536,
-        "queue_tokens": 12_000, "max_sequence_tokens": 4096, "cache": {"enabled": True},
+        "queue_tokens": 24_000, "max_sequence_tokens": 4096, "cache": {"enabled": True},
     }  # fmt: skip
     with serving(tenants=tenants(), **settings) as server:
         url = f"grpc://{server.grpc_target}"

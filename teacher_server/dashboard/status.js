@@ -14,6 +14,7 @@
     }
     return value >= 100 || Number.isInteger(value) ? String(Math.round(value)) : String(Number(value.toPrecision(2)));
   };
+  const bytes = (value) => number(value).replace(/([A-Za-z]?)$/, "\u00a0$1B");
   const seconds = (value) => {
     if (value === null || value === undefined) return "–";
     if (value < 1) return `${Math.max(Math.round(value * 1000), 1)}\u00a0ms`;
@@ -129,8 +130,8 @@
     put("requests-more", `${number(hour.outcomes.ok || 0)} in the last hour`);
     put("cache", percent(share(hour.cached_tokens, hour.computed_tokens + hour.cached_tokens)));
     const { cache } = last, kept = [];
-    if (cache.limit_bytes) kept.push(`${number(cache.bytes)}B of ${number(cache.limit_bytes)}B`);
-    if (cache.disk_limit_bytes) kept.push(`disk ${number(cache.disk_bytes)}B of ${number(cache.disk_limit_bytes)}B`);
+    if (cache.limit_bytes) kept.push(`${bytes(cache.bytes)} of ${bytes(cache.limit_bytes)}`);
+    if (cache.disk_limit_bytes) kept.push(`disk ${bytes(cache.disk_bytes)} of ${bytes(cache.disk_limit_bytes)}`);
     if (!cache.enabled) kept.push("switched off");
     put("cache-more", [`${number(hour.cached_tokens)} tokens spared`, ...kept].join(" · "));
     const refused = Object.entries(hour.outcomes).filter(([kind]) => kind !== "ok").sort((a, b) => b[1] - a[1]);
@@ -246,8 +247,8 @@
     body.replaceChildren(...rows.map((tenant) => {
       const row = element("tr"), name = element("td", tenant.name);
       name.title = `${tenant.name}, weight ${tenant.weight}`;
-      if (weighted) name.append(element("span", `× ${number(tenant.weight)}`, "you"));
-      if (admin && tenant.name === own && rows.length > 1) name.append(element("span", "you", "you"));
+      if (weighted) name.append(" ", element("span", `× ${number(tenant.weight)}`, "you wide-only"));
+      if (admin && tenant.name === own && rows.length > 1) name.append(" ", element("span", "you", "you"));
       row.append(name);
       if (admin) {
         const cell = element("td", percent(VALUES.share(tenant))), bar = element("span", undefined, "bar"), fill = element("i");

@@ -32,7 +32,10 @@ def hashed(key: str) -> str:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Loaded: two tenants have sent for a while, one of them three times as much, and some of it was wrong."""
-    tenants = {name: {"keys": [hashed(key)], "admin": name == "admins"} for name, key in KEYS.items()}
+    tenants = {
+        name: {"keys": [hashed(key)], "admin": name == "admins", "weight": 2.5 if name == "beta" else 1}
+        for name, key in KEYS.items()
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "STEP_S", 0.5)
         with serving(tenants=tenants, model_name=MODEL, fake_latency_s=0.01, max_sequence_tokens=256) as running:
@@ -185,6 +188,7 @@ def test_it_fits_and_can_be_read(
     try:
         enter(page, server, "admins")
         assert page.value("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+        assert page.value("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
         cut = page.value("[...document.querySelectorAll('.big')].filter(e => e.scrollWidth > e.clientWidth).length")
         assert cut == 0
         for selector, ground in ((".big", "article"), ("article .muted", "article"), ("h1", "body"), ("th", ".card")):
