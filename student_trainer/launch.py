@@ -39,7 +39,7 @@ def teachers(configs: Mapping[str, TeacherConfig]) -> Iterator[dict[str, str]]:
     student's own past is not among them: there is no student yet."""
     with contextlib.ExitStack() as stack:
         yield {
-            name: stack.enter_context(local_teacher(one, one.model)) if one.model else one.url[0]
+            name: stack.enter_context(local_teacher(one, one.model)) if one.model else ",".join(one.url)
             for name, one in configs.items()
             if not one.is_past
         }

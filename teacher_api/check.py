@@ -101,7 +101,9 @@ def report(url: str, facts: dict[str, object]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="teacher-check", description=__doc__)
     parser.add_argument(
-        "url", help="grpc://host:port, grpcs://…, http://… or https://…; openai+http://host:port/v1: vllm serve"
+        "url",
+        help="grpc://host:port, grpcs://…, http://… or https://…, replicas with commas between them; "
+        "openai+http://host:port/v1: vllm serve",
     )
     parser.add_argument("--api-key", help="better in the environment: TEACHER_API_KEY")
     parser.add_argument("--teacher", default="", metavar="NAME", help="an adapter the server offers; none: its base")

@@ -10,28 +10,27 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
-from urllib.parse import urlsplit
 
 from teacher_api import info as info_api
-from teacher_api import openai_info
 from teacher_api.asking import Answers, Asker, Deadline, Part, parts_of
-from teacher_api.compression import FEATURE, Compression, check_available
+from teacher_api.compression import FEATURE, Compression
+from teacher_api.endpoints import Endpoint, open_transport, urls_of
 from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError, Unsupported, unknown_teacher
 from teacher_api.head import Head
 from teacher_api.head_download import Receive, head_of
 from teacher_api.openai_info import OpenAIOptions
+from teacher_api.replicas import Replicas
 from teacher_api.transport import Transport
 from teacher_api.types import CallMetadata, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import check_options
 
 T = TypeVar("T")
-SCHEMES = ("grpc", "grpcs", "http", "https")
 
 
 class ClientOptions(TypedDict, total=False):
@@ -47,55 +46,13 @@ class ClientOptions(TypedDict, total=False):
     compression: Compression
 
 
-def open_transport(
-    url: str,
-    *,
-    api_key: str | None,
-    max_connections: int,
-    stock: OpenAIOptions | None = None,
-    compression: Compression = "none",
-) -> Transport:
-    """The transport for `grpc://host:port`, `grpcs://…`, `http://…`, `https://…` or, for a stock `vllm serve`,
-    `openai+http://host:port/v1` or `openai+https://…`. Must run in an event loop.
-
-    Raises:
-        ValueError: the URL has another scheme or no host; options for a stock server and the URL of one of ours, or the
-            other way round; or `compression` is not installed.
-    """
-    check_available(compression)
-    split = urlsplit(url)
-    if split.scheme in openai_info.SCHEMES:
-        from teacher_api.transport_openai import OpenAITransport
-
-        if compression != "none":
-            raise ValueError(f"compression is {compression!r} with {url!r}; a stock server has none: expected 'none'")
-        options = stock or OpenAIOptions()
-        return OpenAITransport(url, api_key=api_key, max_connections=max_connections, options=options)
-    if stock is not None:
-        raise ValueError(f"teacher URL {url!r} with options for a stock server; expected {openai_info.EXPECTED_URL}")
-    if split.scheme not in SCHEMES or not split.hostname:
-        raise ValueError(
-            f"teacher URL {url!r}: expected grpc://host:port, grpcs://…, http://… or https://…, or for a stock "
-            f"vllm serve {openai_info.EXPECTED_URL}"
-        )
-    if split.scheme in ("grpc", "grpcs"):
-        if split.port is None or split.path not in ("", "/"):
-            raise ValueError(f"teacher URL {url!r}: expected {split.scheme}://host:port and nothing after it")
-        from teacher_api.transport_grpc import GrpcTransport  # so that HTTP users need no grpc at work
-
-        secure = split.scheme == "grpcs"
-        return GrpcTransport(split.netloc, secure=secure, api_key=api_key, compression=compression)
-    from teacher_api.transport_http import HttpTransport
-
-    return HttpTransport(url, api_key=api_key, max_connections=max_connections, compression=compression)
-
-
 class AsyncTeacherClient:
     """Scores from one teacher. `async with AsyncTeacherClient(url) as teacher: …`
 
     Args:
         url: grpc://host:port, grpcs://host:port, http://host:port or https://host; openai+http://host:port/v1 or
-            openai+https://… for a stock `vllm serve` (see `openai`).
+            openai+https://… for a stock `vllm serve` (see `openai`). Several, with commas between them or as a
+            sequence, are replicas of one teacher, as are the addresses of a name that has several.
         api_key: sent as a bearer token.
         timeout_s: of one call, retries included, unless the request has its own.
         attempt_timeout_s: after which one attempt is given up and the next one made.
@@ -110,7 +67,7 @@ class AsyncTeacherClient:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         api_key: str | None = None,
         timeout_s: float = 300.0,
@@ -127,7 +84,8 @@ class AsyncTeacherClient:
                 raise ValueError(f"{name} is {value}; expected a finite number above 0")
         if max_concurrency < 1:
             raise ValueError(f"max_concurrency is {max_concurrency}; expected 1 or more")
-        self.url = url
+        urls = urls_of(url)
+        self.url = ",".join(urls)
         self._timeout_s = timeout_s
         self._max_concurrency = max_concurrency
         self._teacher_name = teacher
@@ -136,9 +94,14 @@ class AsyncTeacherClient:
         self._known: dict[str, TeacherInfo] = {}
         self._handshake = asyncio.Lock()
         self._compression = compression
-        self._transport = open_transport(
-            url, api_key=api_key, max_connections=max_concurrency, stock=stock, compression=compression
-        )
+
+        def open_one(endpoint: Endpoint) -> Transport:
+            return open_transport(
+                endpoint, api_key=api_key, max_connections=max_concurrency, stock=stock, compression=compression
+            )
+
+        is_stock = urls[0].startswith("openai+")
+        self._transport = open_one(Endpoint(urls[0])) if is_stock else Replicas(urls, open_one)
         self._asker = Asker(self._transport, attempt_timeout_s=attempt_timeout_s, max_concurrency=max_concurrency)
 
     @classmethod
@@ -353,7 +316,7 @@ class TeacherClient:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         api_key: str | None = None,
         timeout_s: float = 300.0,
@@ -379,7 +342,7 @@ class TeacherClient:
                 compression=compression,
             )
 
-        self.url = url
+        self.url = ",".join(urls_of(url))
         self._max_concurrency = max_concurrency
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)

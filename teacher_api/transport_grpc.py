@@ -34,7 +34,7 @@ _BY_CODE: dict[str, type[TeacherError]] = {
     "UNAVAILABLE": errors.Unavailable,
     "RESOURCE_EXHAUSTED": errors.Overloaded,
     "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
-    "CANCELLED": errors.Cancelled,
+    "CANCELLED": errors.Unavailable,  # not by us, who would not read it: a server that stops cuts its calls so
     "UNAUTHENTICATED": errors.Unauthenticated,
     "PERMISSION_DENIED": errors.PermissionDenied,
     "INVALID_ARGUMENT": errors.InvalidRequest,
@@ -53,11 +53,15 @@ broke, mostly (github.com/grpc/grpc/issues/36066). Asked again, it shows what it
 class _Link:
     """One channel and its methods; retired, it is closed when its last call has ended."""
 
-    def __init__(self, target: str, secure: bool) -> None:
+    def __init__(self, target: str, secure: bool, address: str) -> None:
+        options: tuple[tuple[str, int | str], ...] = _OPTIONS
+        if address:  # the certificate is still held to the name
+            name = target.rpartition(":")[0].strip("[]")
+            options = (*_OPTIONS, ("grpc.default_authority", target), ("grpc.ssl_target_name_override", name))
         if secure:
-            self.channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=_OPTIONS)
+            self.channel = grpc.aio.secure_channel(address or target, grpc.ssl_channel_credentials(), options=options)
         else:
-            self.channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+            self.channel = grpc.aio.insecure_channel(address or target, options=options)
         self.info = self.channel.unary_unary(f"/{_SERVICE}/GetInfo")
         self.score = self.channel.unary_unary(f"/{_SERVICE}/Score")
         self.stream = self.channel.stream_stream(f"/{_SERVICE}/ScoreStream")
@@ -66,19 +70,28 @@ class _Link:
 
 
 class GrpcTransport:
-    """`target` is host:port. Keys are sent in the clear unless `secure`. gRPC itself has no zstd in Python, so that
-    `compression` is that of our own messages: frames, and requests in an envelope.
+    """`target` is host:port; `address`, if given, the address and port of it to connect to. Keys are sent in the clear
+    unless `secure`. gRPC itself has no zstd in Python, so that `compression` is that of our own messages: frames, and
+    requests in an envelope.
 
     A connection that may be half-open, for a call got no answer in its time, is not used again: gRPC would put one call
     after the other on it for as long as the system calls it open.
     """
 
-    def __init__(self, target: str, *, secure: bool, api_key: str | None, compression: Compression = "none") -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        secure: bool,
+        api_key: str | None,
+        compression: Compression = "none",
+        address: str = "",
+    ) -> None:
         self._compression = compression
         self._target = target
-        self._secure = secure
+        self._secure, self._address = secure, address
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        self._link = _Link(target, secure)
+        self._link = _Link(target, secure, address)
         self._retired: set[_Link] = set()
 
     @asynccontextmanager
@@ -91,7 +104,7 @@ class GrpcTransport:
         except grpc.aio.AioRpcError as error:
             found = self._error(error)
             if isinstance(found, errors.DeadlineExceeded) and not found.request_id and link is self._link:
-                self._link = _Link(self._target, self._secure)
+                self._link = _Link(self._target, self._secure, self._address)
                 self._retired.add(link)
             raise found from error
         finally:

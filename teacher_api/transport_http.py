@@ -8,7 +8,7 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 import httpx
 
@@ -22,18 +22,29 @@ MAX_PROBLEM_BYTES = 64 << 10
 
 
 class HttpTransport:
-    """`url` is http://host:port or https://…, perhaps with a path before /v1. `compression` is HTTP's own: a content
-    coding."""
+    """`url` is http://host:port or https://…, perhaps with a path before /v1; `address`, if given, the one of its host
+    to connect to. `compression` is HTTP's own: a content coding."""
 
     def __init__(
-        self, url: str, *, api_key: str | None, max_connections: int, compression: Compression = "none"
+        self,
+        url: str,
+        *,
+        api_key: str | None,
+        max_connections: int,
+        compression: Compression = "none",
+        address: str = "",
     ) -> None:
         self._compression = compression
         coding = "identity" if compression == "none" else compression
         headers = {"accept": PROTOBUF, "accept-encoding": coding, "user-agent": "preceptor-client"}
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
-        self._url = url.rstrip("/")
+        self._url, self._extensions = url.rstrip("/"), {}
+        if address:  # the certificate and the server's own routing still go by the name
+            split = urlsplit(self._url)
+            host = f"[{address}]" if ":" in address else address
+            self._url = urlunsplit(split._replace(netloc=host if split.port is None else f"{host}:{split.port}"))
+            headers["host"], self._extensions = split.netloc, {"sni_hostname": split.hostname or ""}
         self._client = httpx.AsyncClient(
             headers=headers,
             timeout=httpx.Timeout(None),
@@ -53,7 +64,9 @@ class HttpTransport:
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._client.stream(method, self._url + path, content=body, headers=headers) as response,
+                self._client.stream(
+                    method, self._url + path, content=body, headers=headers, extensions=self._extensions
+                ) as response,
             ):
                 if response.status_code != 200:
                     raise error_of_problem(

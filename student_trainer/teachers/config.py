@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from student_trainer.data.views import QUESTION
 from teacher_api import compression
+from teacher_api.endpoints import urls_of
 from teacher_api.settings import Section
 
 ONLY = ""
@@ -22,7 +23,8 @@ class TeacherConfig(Section):
 
     url: tuple[str, ...] = ()
     """grpc://host:port, grpcs://…, http://… or https://… of a running teacher; openai+http://host:port/v1 or
-    openai+https://… of a stock `vllm serve`, with ?model=NAME where it serves several. Exactly one."""
+    openai+https://… of a stock `vllm serve`, with ?model=NAME where it serves several. Several of ours, repeated or
+    with commas between them, are replicas of one teacher."""
     tokenizer: str = ""
     """With an openai+ URL: directory of the tokenizer that the teacher was started with, which a stock server can't be
     asked for; empty: it is taken to be the student's, with a warning."""
@@ -85,10 +87,8 @@ class TeacherConfig(Section):
 
     @field_validator("url")
     @classmethod
-    def _at_most_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(value) > 1:
-            raise ValueError(f"got {len(value)} URLs ({', '.join(value)}), expected one")
-        return value
+    def _replicas_of_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return urls_of(value) if value else value
 
     @field_validator("top_k")
     @classmethod

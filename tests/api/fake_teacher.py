@@ -19,7 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from teacher_api import info as info_api
 from teacher_api import wire
-from teacher_api.errors import FingerprintMismatch, TeacherError
+from teacher_api.errors import FingerprintMismatch, TeacherError, Unavailable
 from teacher_api.types import Completion, Scores, TeacherInfo
 from teacher_api.v1 import teacher_pb2 as pb
 
@@ -113,6 +113,9 @@ class FakeTeacher:
         self.paths: list[str] = []
         self.keys: list[str] = []
         self.in_flight = self.most_in_flight = 0
+        self.down = False  # it refuses everything, as a server does that is starting
+        self.delay_s = 0.0  # of each score call
+        self.arrived: list[float] = []  # the loop's time of each score call
         self.limits = {"max_completions": 64, "max_request_bytes": 1 << 20, "max_response_bytes": 1 << 20, **limits}
 
     @property
@@ -132,6 +135,10 @@ class FakeTeacher:
         )
 
     async def frames(self, message: pb.ScoreRequest, *, split: bool) -> AsyncIterator[pb.ScoreFrame]:
+        self.arrived.append(asyncio.get_running_loop().time())
+        if self.down:
+            raise Unavailable("starting")
+        await asyncio.sleep(self.delay_s)
         decoded = wire.decode_request(message)
         self.asked.append(list(decoded.ids))
         self.requests.append(message)
@@ -208,7 +215,7 @@ def status_of(error: TeacherError) -> bytes:
 
 
 @asynccontextmanager
-async def serve_grpc(teacher: FakeTeacher, port: int = 0):
+async def serve_grpc(teacher: FakeTeacher, port: int = 0, host: str = "127.0.0.1"):
     def seen(context):
         metadata = dict(context.invocation_metadata())
         teacher.keys.append(metadata.get("authorization", ""))
@@ -222,6 +229,8 @@ async def serve_grpc(teacher: FakeTeacher, port: int = 0):
 
     async def get_info(data, context):
         seen(context)
+        if teacher.down:
+            await fail(context, Unavailable("starting"))
         return info_api.to_proto(teacher.info).SerializeToString()
 
     async def score(data, context):
@@ -250,16 +259,16 @@ async def serve_grpc(teacher: FakeTeacher, port: int = 0):
         "ScoreStream": grpc.stream_stream_rpc_method_handler(stream),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("teacher.v1.TeacherService", methods),))
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    bound = server.add_insecure_port(f"{host}:{port}")
     await server.start()
     try:
-        yield f"grpc://127.0.0.1:{bound}"
+        yield f"grpc://{host}:{bound}"
     finally:
         await server.stop(0)
 
 
 @asynccontextmanager
-async def serve_http(teacher: FakeTeacher, port: int = 0):
+async def serve_http(teacher: FakeTeacher, port: int = 0, host: str = "127.0.0.1"):
     async def app(scope, receive, send):
         if scope["type"] != "http":
             return
@@ -275,6 +284,9 @@ async def serve_http(teacher: FakeTeacher, port: int = 0):
             await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
             await send({"type": "http.response.body", "body": content})
 
+        if scope["path"] == "/v1/info" and teacher.down:
+            await answer(503, b'{"kind": "unavailable", "detail": "starting"}', b"application/problem+json")
+            return
         if scope["path"] == "/v1/info":
             await answer(200, info_api.to_proto(teacher.info).SerializeToString())
             return
@@ -309,7 +321,7 @@ async def serve_http(teacher: FakeTeacher, port: int = 0):
 
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", port))
+    sock.bind((host, port))
     config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1, ws="none")
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None
@@ -317,7 +329,7 @@ async def serve_http(teacher: FakeTeacher, port: int = 0):
     while not server.started:
         await asyncio.sleep(0.005)
     try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        yield f"http://{host}:{sock.getsockname()[1]}"
     finally:
         server.should_exit = server.force_exit = True
         await task
