@@ -1,5 +1,5 @@
 """One engine on two machines: its options, how a node notices that the first has gone, and, in the long form, two
-nodes on this machine that score as a float64 forward does, lose one another, and come back."""
+nodes on this machine that score as a float64 forward does, lose the first, and come back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from training import free_port, wait_until
 from transformers import AutoModelForCausalLM
 
 from teacher_api.client import TeacherClient
-from teacher_api.errors import TeacherError
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest
 from teacher_server.backends.vllm_node import FirstNode, NodeEnded
 from teacher_server.config import ServerConfig
@@ -147,7 +146,7 @@ class Nodes:
 @pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.timeout(2400)
-def test_two_nodes_score_right_lose_each_other_and_come_back(tmp_path: Path) -> None:
+def test_two_nodes_score_right_lose_the_first_and_come_back(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     from vllm_jobs import checkpoint_for_vllm, random_tokens
 
@@ -181,14 +180,6 @@ def test_two_nodes_score_right_lose_each_other_and_come_back(tmp_path: Path) -> 
         nodes.start(1)  # in the other order
         nodes.start(0)
         assert check() == fingerprint, "where the nodes are is no part of it"
-
-        nodes.running[1].kill()  # the other: the first's engine fails in the next forward, and starts again with it
-        nodes.running[1].wait()
-        with TeacherClient(f"grpc://127.0.0.1:{nodes.grpc}", timeout_s=60) as client, pytest.raises(TeacherError):
-            client.score(ScoreRequest([Completion("a", tokens)]))
-        assert nodes.readiness() == 503
-        nodes.start(1)
-        assert check() == fingerprint
 
         nodes.running[0].send_signal(signal.SIGTERM)  # both are told to stop: the second stays until the first is done
         nodes.running[1].send_signal(signal.SIGTERM)
