@@ -36,11 +36,15 @@ def seconds_until(server: Server, probe: str, limit_s: float) -> float:
     return time.monotonic() - started
 
 
-def test_a_hanging_engine_is_not_ready_within_ten_seconds_and_not_alive_at_stall_s(record_property: Any):
-    """`hang_s` as it is unless told otherwise."""
-    stall_s = 12.0
+@pytest.mark.parametrize("hang_s", [2.0, pytest.param(None, marks=pytest.mark.long)])
+def test_a_hanging_engine_is_not_ready_within_ten_seconds_and_not_alive_at_stall_s(
+    hang_s: float | None, record_property: Any
+):
+    """None: as it is unless told otherwise."""
+    chosen = {} if hang_s is None else {"hang_s": hang_s}
+    stall_s = 12.0 if hang_s is None else 4.0
     with (
-        serving(fake_hang_token=HANG, stall_s=stall_s, grace_s=0.2) as server,
+        serving(fake_hang_token=HANG, stall_s=stall_s, grace_s=0.2, **chosen) as server,
         grpc.insecure_channel(server.grpc_target) as opened,
         ThreadPoolExecutor(1) as pool,
     ):
@@ -58,9 +62,8 @@ def test_a_hanging_engine_is_not_ready_within_ten_seconds_and_not_alive_at_stall
         assert stall_s - 1 <= live_s <= stall_s + 3
         server.drain()
         assert hanging.result(30).status_code == 503
-    holds(
-        record_property, "S2", f"readyz 503 after {ready_s:.1f} s, livez 503 after {live_s:.1f} s (stall_s {stall_s:g})"
-    )
+    limits = f"hang_s {hang_s or 'by default'}, stall_s {stall_s:g}"
+    holds(record_property, "S2", f"readyz 503 after {ready_s:.1f} s, livez 503 after {live_s:.1f} s ({limits})")
 
 
 @pytest.mark.parametrize("seconds", [5, pytest.param(120, marks=pytest.mark.long)])

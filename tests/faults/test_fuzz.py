@@ -103,7 +103,7 @@ def as_it_is(_: Any, value: Any) -> bytes:
     return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else json.dumps(value).encode()
 
 
-@pytest.mark.parametrize("cases", [120, pytest.param(2000, marks=LONG)])
+@pytest.mark.parametrize("cases", [80, pytest.param(2000, marks=LONG)])
 def test_cases_over_the_openapi_document(server: Server, cases: int, record_property: Any):
     """As the document allows, and, where there is a body in JSON, as it forbids."""
     document = server.http.get(f"{server.http_url}/openapi.json").json()

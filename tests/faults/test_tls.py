@@ -3,8 +3,11 @@ connection, and the probes have a port of their own."""
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +123,18 @@ def test_without_a_client_authority_a_key_is_enough(files: Any):
             over_http(server, files.theirs, None)
         with pytest.raises(grpc.RpcError), grpc.insecure_channel(server.grpc_target) as opened:
             call(opened, "Score", BODY, timeout=2)
+
+
+@pytest.mark.parametrize("scheme", ["https", "grpcs"])
+def test_our_client_trusts_the_authority_that_its_environment_names(files: Any, scheme: str):
+    with serving(tls_cert=files.server.cert, tls_key=files.server.key) as server:
+        url = server.http_url if scheme == "https" else f"grpcs://{server.grpc_target}"
+        for authority, status in ((files.ours, 0), (files.theirs, 3)):
+            trusts = {"SSL_CERT_FILE": authority.file, "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": authority.file}
+            command = [sys.executable, "-m", "teacher_api.check", "--timeout-s", "3", url]
+            environment = {**os.environ, **trusts, "PYTHONPATH": os.pathsep.join(sys.path)}
+            made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+            assert made.returncode == status, made.stderr
 
 
 def test_files_of_no_use_are_named_before_anything_is_loaded(files: Any, tmp_path: Path):

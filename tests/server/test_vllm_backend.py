@@ -10,20 +10,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
 import torch
+from reliability import holds
 from transformers import AutoModelForCausalLM
 from vllm_jobs import answer, check, checkpoint_for_vllm, job, log_p, ragged, random_tokens, score
 
+from teacher_api import wire
 from teacher_api.client import TeacherClient
 from teacher_api.errors import BackendFailed, TeacherError
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest, Scores
+from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server.backends.base import ScoreJob, ScoringBackend
 
 pytest.importorskip("vllm")
@@ -37,6 +43,7 @@ pytestmark = [
 
 VOCABULARY, WIDTH, POSITIONS = 120, 128, 96
 CHUNK = 40  # tokens of a prefill: longer sequences come in pieces
+SLACK_S, SLOWER = 4.0, 2.0  # for a machine that others use, too
 PORTS = ["--http-port=0", "--grpc-port=0"]
 
 
@@ -213,7 +220,9 @@ def _kill_the_engine(backend: ScoringBackend) -> None:
     process.join(30)
 
 
-def test_a_killed_server_leaves_no_engine_behind(checkpoint: Path, reference: torch.nn.Module, tmp_path: Path) -> None:
+def test_an_engine_that_is_stopped_or_killed_and_a_killed_server_that_leaves_none_behind(
+    checkpoint: Path, reference: torch.nn.Module, tmp_path: Path, record_property: Any
+) -> None:
     announced = tmp_path / "ready.json"
     engines: list[psutil.Process] = []
     started = time.monotonic()
@@ -242,8 +251,77 @@ def test_a_killed_server_leaves_no_engine_behind(checkpoint: Path, reference: to
             completion = Completion(id="a", token_ids=asked.token_ids)
             (scores,) = client.score(ScoreRequest([completion], options=asked.options))
         check(asked, scores, log_p(reference, asked), VOCABULARY)
+        load_s = time.monotonic() - started
+        url = json.loads(announced.read_text())["http_url"]
+        _stopped(url, engines, record_property)
+        _killed(url, engines, asked, load_s, record_property)
+        engines = [child for child in psutil.Process(server.pid).children(recursive=True) if _is_engine(child)]
+        assert engines
     finally:
         server.kill()
         server.wait()
     _, alive = psutil.wait_procs(engines, timeout=30)
     assert not alive
+
+
+def _until(condition: Callable[[], bool], limit_s: float) -> float:
+    """Seconds until `condition` holds."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < limit_s
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def _is_ready(url: str) -> bool:
+    return httpx.get(f"{url}/readyz", timeout=30).status_code == 200
+
+
+def _stopped(url: str, engines: list[psutil.Process], record_property: Any) -> None:
+    """S2: vLLM's own health takes a stopped engine for a sound one."""
+    for engine in engines:
+        engine.suspend()  # SIGSTOP
+    try:
+        noticed_s = _until(lambda: not _is_ready(url), 10)
+        assert "stopped" in httpx.get(f"{url}/readyz", timeout=30).json()["status"]
+        assert httpx.get(f"{url}/livez", timeout=30).status_code == 200
+    finally:
+        for engine in engines:
+            engine.resume()
+    _until(lambda: _is_ready(url), 10)
+    holds(record_property, "S2", f"vLLM's engine stopped by SIGSTOP: readyz 503 after {noticed_s:.1f} s, and back")
+
+
+def _killed(url: str, engines: list[psutil.Process], asked: ScoreJob, load_s: float, record_property: Any) -> None:
+    """S3. The engine is stopped first, so that the call is in flight when it dies."""
+    headers = {"content-type": "application/x-protobuf"}
+
+    def body(shift: int) -> bytes:
+        """Of sequences that no cache has."""
+        completion = Completion(id="a", token_ids=(asked.token_ids + np.int32(shift)) % np.int32(VOCABULARY))
+        return wire.encode_request(ScoreRequest([completion], options=asked.options)).SerializeToString()
+
+    with ThreadPoolExecutor(1) as pool:
+        for engine in engines:
+            engine.suspend()
+        inflight = pool.submit(httpx.post, f"{url}/v1/score", content=body(1), headers=headers, timeout=60)
+        _until(lambda: not _is_ready(url), 10)
+        time.sleep(0.5)  # for the call to be with the engine, of which nothing is seen from outside
+        killed = time.monotonic()
+        for engine in engines:
+            engine.kill()
+        answer = inflight.result(60)
+        failed_s = time.monotonic() - killed
+    (frame,) = pb.ScoreResponse.FromString(answer.content).frames
+    error = pb.ScoreRows.FromString(frame.rows).error
+    assert (error.kind, error.retryable) == ("backend_failed", True)
+    assert failed_s <= 2 + SLACK_S
+    back_s = failed_s + _until(lambda: _is_ready(url), 10 + SLOWER * load_s)
+    again = httpx.post(f"{url}/v1/score", content=body(2), headers=headers, timeout=60)
+    assert not pb.ScoreRows.FromString(pb.ScoreResponse.FromString(again.content).frames[0].rows).HasField("error")
+    holds(
+        record_property,
+        "S3",
+        f"vLLM's engine killed: the call in flight failed as retryable after {failed_s:.2f} s; ready again after "
+        f"{back_s:.1f} s (a whole start of the server takes {load_s:.1f} s)",
+    )
