@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from teacher_api.errors import Overloaded, TooLarge
 from teacher_server.caller import SERVER, Caller
-from teacher_server.rates import TokenRate
+from teacher_server.rates import KEPT_S, KEPT_SHARE, TokenRate
 
 RETRY_AFTER_S = (0.05, 60.0)
 RETRY_AFTER_UNKNOWN_S = 1.0  # before the first batch tells how fast this teacher is, and for what it does not tell
@@ -29,6 +29,8 @@ ACTIVE_S = 10.0
 SHARED = 0.75
 """Of the budget that is divided among several callers. The rest is for whoever holds nothing: so a newcomer finds room,
 and a call that is larger than its caller's share too."""
+
+MAX_PLACES = 4096  # of those who were told to come back, by tenant
 
 Flow = tuple[str, str]  # tenant, experiment
 
@@ -47,12 +49,32 @@ class Cost:
     def flow(self) -> Flow:
         return self.caller.tenant, self.caller.experiment
 
+    @property
+    def who(self) -> Hashable:
+        """By what a call is known when it comes back."""
+        return self.caller.experiment, self.caller.run, self.call
+
 
 @dataclass(slots=True)
 class _Held:
-    asked_at: float
+    """By a tenant or an experiment."""
+
+    asked_at: float = 0.0
     tokens: int = 0
     num_bytes: int = 0
+
+    @property
+    def anything(self) -> bool:
+        return bool(self.tokens or self.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """In the order of those who were told to come back."""
+
+    tokens: int
+    at: float
+    until: float
 
 
 class Admission:
@@ -83,6 +105,8 @@ class Admission:
         self._weight_of, self._rate_of, self._clock = weight_of, rate_of, clock
         self._flows: OrderedDict[Flow, _Held] = OrderedDict()  # those that want something, who asked longest ago first
         self._experiments: Counter[str] = Counter()  # among them, by tenant
+        self._tenants: dict[str, _Held] = {}
+        self._places: dict[str, dict[Hashable, _Place]] = {}  # by tenant, who came first first
         self._rates: dict[str, TokenRate] = {}
         self._waiting: OrderedDict[Flow, deque[tuple[Cost, asyncio.Future[None]]]] = OrderedDict()
 
@@ -104,18 +128,55 @@ class Admission:
         return len(self._flows)
 
     def take(self, cost: Cost) -> None:
-        """Takes `cost` at once. Raises Overloaded when it doesn't fit now, TooLarge when it never will."""
+        """Takes `cost` at once. Raises Overloaded when it doesn't fit now, TooLarge when it never will. Who comes back
+        when told to goes before those who came later."""
         self._check(cost)
         self._ask(cost.flow)
-        if not self._fits(cost):
-            raise Overloaded(self._full(cost), retry_after_s=self._retry_after_s(cost))
+        if not self._fits(cost) or not self._is_its_turn(cost):
+            raise Overloaded(self._full(cost), retry_after_s=self._come_back_in_s(cost))
         delay_s = self._delay_s(cost)
         if delay_s > 0:
             raise Overloaded(
                 f"{cost.tokens} tokens more would pass the rate of tenant {cost.caller.tenant!r}; come back later",
                 retry_after_s=delay_s,
             )
+        self._places.get(cost.caller.tenant, {}).pop(cost.who, None)
         self._add(cost)
+
+    def _is_its_turn(self, cost: Cost) -> bool:
+        """Whether nobody of its tenant who was told to come back by now is put off by `cost`. Half a share that is free
+        is nobody's."""
+        tenant, now = cost.caller.tenant, self._clock()
+        places = self._places.get(tenant)
+        if not places or not cost.tokens:
+            return True
+        for who in [who for who, place in places.items() if place.until < now]:
+            del places[who]
+        own = places.get(cost.who)
+        if own is not None and own.at <= now:
+            return True
+        ahead = sum(place.tokens for who, place in places.items() if who != cost.who)
+        room = self._share_of_tenant(tenant) * self.max_tokens - self._tenants[tenant].tokens - cost.tokens
+        return room >= min(ahead, self._share_of_tenant(tenant) * self.max_tokens / 2)
+
+    def _come_back_in_s(self, cost: Cost) -> float:
+        """Gives the caller its place behind those of its tenant who were told to come back before."""
+        tenant, now, rate = cost.caller.tenant, self._clock(), self._tokens_per_s()
+        if rate <= 0:
+            return RETRY_AFTER_UNKNOWN_S
+        low, high = RETRY_AFTER_S
+        places = self._places.setdefault(tenant, {})
+        own = places.get(cost.who)
+        if own is not None:  # it came early, or others are late to leave
+            return min(max(own.at - now, low), high)
+        share = self._share_of_tenant(tenant)
+        ahead = sum(place.tokens for place in places.values())
+        held = max(self._tenants[tenant].tokens - share * self.max_tokens, self.tokens - self.max_tokens)
+        excess = max(ahead + held + cost.tokens, cost.tokens)
+        delay_s = min(max(excess / (rate * min(share / SHARED, 1.0)), low), high)
+        if len(places) < MAX_PLACES:
+            places[cost.who] = _Place(cost.tokens, now + delay_s, now + delay_s + max(KEPT_S, KEPT_SHARE * delay_s))
+        return delay_s
 
     async def wait(self, cost: Cost) -> None:
         """Takes `cost` when there is room: first come first served among an experiment's own, and among experiments
@@ -149,7 +210,7 @@ class Admission:
 
     def give(self, cost: Cost) -> None:
         self._ask(cost.flow)
-        for one in (self, self._flows[cost.flow]):
+        for one in (self, self._tenants[cost.caller.tenant], self._flows[cost.flow]):
             one.tokens -= cost.tokens
             one.num_bytes -= cost.num_bytes
             assert one.tokens >= 0, "more was given back than taken"
@@ -183,24 +244,29 @@ class Admission:
         return (not cost.tokens or tokens <= self.max_tokens) and num_bytes <= self.max_bytes
 
     def _is_within_share(self, cost: Cost) -> bool:
-        held = self._flows[cost.flow]
-        if not (held.tokens or held.num_bytes):
-            return True
-        share = self._share_of(cost.flow)
-        tokens, num_bytes = held.tokens + cost.tokens, held.num_bytes + cost.num_bytes
-        return (not cost.tokens or tokens <= share * self.max_tokens) and num_bytes <= share * self.max_bytes
+        """Of its tenant, and of its experiment; who holds nothing may have a first call."""
+        tenant, flow = self._tenants[cost.caller.tenant], self._flows[cost.flow]
+        share = self._share_of_tenant(cost.caller.tenant)
+        parts = ((tenant, share), (flow, share / self._experiments[cost.caller.tenant]))
+        return all(
+            not held.anything
+            or (
+                (not cost.tokens or held.tokens + cost.tokens <= part * self.max_tokens)
+                and held.num_bytes + cost.num_bytes <= part * self.max_bytes
+            )
+            for held, part in parts
+        )
 
-    def _share_of(self, flow: Flow) -> float:
-        """Of the whole budget: by weight among the tenants that want something, equal among their experiments."""
+    def _share_of_tenant(self, tenant: str) -> float:
+        """Of the whole budget: by weight among the tenants that want something."""
         if len(self._flows) <= 1:
             return 1.0
-        weights = {tenant: self._weight_of(tenant) for tenant in self._experiments}
-        tenant = flow[0]
-        return SHARED * weights[tenant] / sum(weights.values()) / self._experiments[tenant]
+        return SHARED * self._weight_of(tenant) / sum(self._weight_of(each) for each in self._experiments)
 
     def _use(self, flow: Flow) -> float:
         held = self._flows[flow]
-        return max(held.tokens / self.max_tokens, held.num_bytes / self.max_bytes) / self._share_of(flow)
+        share = self._share_of_tenant(flow[0]) / self._experiments[flow[0]]
+        return max(held.tokens / self.max_tokens, held.num_bytes / self.max_bytes) / share
 
     def _ask(self, flow: Flow) -> None:
         """Notes that `flow` wants something, and forgets who long has not."""
@@ -208,10 +274,11 @@ class Admission:
         if flow not in self._flows:
             self._flows[flow] = _Held(now)
             self._experiments[flow[0]] += 1
+            self._tenants.setdefault(flow[0], _Held())
         self._flows[flow].asked_at = now
         self._flows.move_to_end(flow)
         while now - (oldest := next(iter(self._flows.items())))[1].asked_at > ACTIVE_S:
-            if oldest[1].tokens or oldest[1].num_bytes or oldest[0] in self._waiting:
+            if oldest[1].anything or oldest[0] in self._waiting:
                 oldest[1].asked_at = now
                 self._flows.move_to_end(oldest[0])
                 continue
@@ -219,21 +286,21 @@ class Admission:
             tenant = oldest[0][0]
             self._experiments[tenant] -= 1
             if not self._experiments[tenant]:
-                del self._experiments[tenant]
+                del self._experiments[tenant], self._tenants[tenant]
+                self._places.pop(tenant, None)
 
     def _delay_s(self, cost: Cost) -> float:
         """Seconds until the tenant's rate lets `cost` in; 0: it has."""
         tenant = cost.caller.tenant
         limit = self._rate_of(tenant)
-        if limit is None:
-            self._rates.pop(tenant, None)
+        if limit is None or not cost.tokens:
             return 0.0
         rate = self._rates.setdefault(tenant, TokenRate(*limit))
         rate.tokens_per_s, rate.burst_tokens = limit
-        return rate.ask(cost.tokens, (cost.caller.experiment, cost.caller.run, cost.call), self._clock())
+        return rate.ask(cost.tokens, cost.who, self._clock())
 
     def _add(self, cost: Cost) -> None:
-        for one in (self, self._flows[cost.flow]):
+        for one in (self, self._tenants[cost.caller.tenant], self._flows[cost.flow]):
             one.tokens += cost.tokens
             one.num_bytes += cost.num_bytes
 
@@ -250,20 +317,13 @@ class Admission:
                 f"{self.tokens} tokens are in work; {cost.tokens} more would pass the bound of {self.max_tokens} "
                 f"tokens or {self.max_bytes} bytes of answers; come back later"
             )
-        share = self._share_of(cost.flow)
+        tenant = cost.caller.tenant
+        share = self._share_of_tenant(tenant)
         return (
-            f"{self._flows[cost.flow].tokens} tokens of this experiment are in work; {cost.tokens} more would pass its "
-            f"share of {int(share * self.max_tokens)} tokens or {int(share * self.max_bytes)} bytes of answers while "
-            "others want theirs; come back later"
+            f"{self._tenants[tenant].tokens} tokens of tenant {tenant!r} are in work, of its experiments' equal parts "
+            f"in {int(share * self.max_tokens)} tokens and {int(share * self.max_bytes)} bytes of answers while others "
+            f"want theirs, or were told to come back before; {cost.tokens} more do not fit now; come back later"
         )
-
-    def _retry_after_s(self, cost: Cost) -> float:
-        rate = self._tokens_per_s()
-        if rate <= 0:
-            return RETRY_AFTER_UNKNOWN_S
-        excess = max(self.tokens + cost.tokens - self.max_tokens, cost.tokens)
-        low, high = RETRY_AFTER_S
-        return min(max(excess / rate, low), high)
 
 
 class Receiving:

@@ -207,7 +207,7 @@ class ServerConfig(Section):
     """Also listen on an address that is not loopback when there are no keys: whoever reaches it may then call."""
     usage_file: str = ""
     """SQLite file that keeps what each tenant's experiments used, over restarts; empty: kept until the server ends."""
-    contended_s: float = Field(default=0.25, gt=0, le=3600)
+    contended_s: float = Field(default=0.05, gt=0, le=3600)
     """While several callers want something: seconds of work that the engine is given at a time, so that none waits
     longer for what another sent before. Alone, a caller gets whole batches."""
     share_head: Literal["none", "all", "keys"] = "none"

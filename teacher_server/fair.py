@@ -1,9 +1,10 @@
 """Who is next: start-time fair queueing of tokens, over tenants by their weights and over each tenant's experiments
 equally (P. Goyal, H. M. Vin, H. Cheng, "Start-time Fair Queueing", 1996; docs/decisions/0037-fair-by-tokens.md).
 
-Each flow has a start tag, in tokens over weight: what it was served, counted from when it last had to wait. The flow
-with the smallest is next. One that comes back starts at the clock, the tag of the flow served last: nobody saves up for
-later, and who was served ahead of its turn waits until the others have had theirs.
+Each flow has a start tag, in tokens over weight: what it had been served, counted from when it last had to wait, when
+the call in service began. The flow with the smallest is next, and keeps its turn until that call has been served, or a
+whole batch of it. One that comes back starts at the clock, what the flow in service has been served: nobody saves up
+for later, and who was served ahead of its turn waits until the others have had theirs.
 
 Invariants: a flow with work is served before another is served more than one window beyond it; an interactive call goes
 before the bulk of its own tenant, and of no other; within an experiment a call is overtaken by smaller ones until they
@@ -16,14 +17,13 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, islice
 
 from teacher_server.backends.base import BatchPolicy
-from teacher_server.batching import Entry, company
+from teacher_server.batching import MAX_PADDING, Entry, company
 from teacher_server.caller import PRIORITIES
 
 WINDOW = 256  # sequences in fair order among which the first one's company is looked for,
-AHEAD = 2.0  # and, while the batch can be filled from them, only those of the next so many batches' tokens
+AHEAD = 6.0  # and, where there are several flows, first among those of the next so many batches
 MAX_IDLE_EXPERIMENTS = 1024  # of a tenant with work: those that are remembered while they have none
 
 
@@ -32,6 +32,7 @@ class _Experiment:
     rank: int  # of its priority
     number: int  # of its arrival: what equal tags are told apart by
     start: float = 0.0  # tokens
+    tag: float = 0.0  # `start` as the call in service began
     served: int = 0  # tokens, while it had work
     waiting: list[tuple[int, int, Entry]] = field(
         default_factory=list
@@ -43,6 +44,7 @@ class _Tenant:
     weight: float
     number: int
     start: float = 0.0  # tokens over weight
+    tag: float = 0.0
     tokens: int = 0  # that wait
     clocks: list[float] = field(default_factory=lambda: [0.0] * len(PRIORITIES))
     experiments: dict[tuple[int, str], _Experiment] = field(default_factory=dict)
@@ -63,6 +65,7 @@ class FairQueue:
         self._places: dict[Entry, tuple[_Tenant, _Experiment, int, int]] = {}
         self._clock = 0.0
         self._count = 0
+        self._turn_tokens = 0  # most of a call before others have their turn: a batch
 
     def __len__(self) -> int:
         return len(self._places)
@@ -88,7 +91,7 @@ class FairQueue:
             tenant = self._tenants[entry.caller.tenant] = _Tenant(1.0, self._count)
         if tenant not in self._busy:
             tenant.weight = self._weight_of(entry.caller.tenant)
-            tenant.start = max(tenant.start, self._clock)
+            tenant.start = tenant.tag = max(tenant.start, self._clock)
             self._busy[tenant] = None
         rank = PRIORITIES.index(entry.caller.priority)
         key = (rank, entry.caller.experiment)
@@ -96,7 +99,7 @@ class FairQueue:
         if experiment is None:
             experiment = tenant.experiments[key] = _Experiment(rank, self._count)
         if not experiment.waiting:
-            experiment.start = max(experiment.start, tenant.clocks[rank])
+            experiment.start = experiment.tag = max(experiment.start, tenant.clocks[rank])
             tenant.busy[experiment] = None
         place = (experiment.served + entry.call_tokens, self._count, entry)
         insort(experiment.waiting, place, key=_order)
@@ -109,16 +112,25 @@ class FairQueue:
 
     def take(self, policy: BatchPolicy) -> list[Entry]:
         """At least one entry, from a queue that is not empty: the first in fair order, and its company."""
-        window = list(islice(self._in_order(policy), WINDOW if policy.max_sequences > 1 else 1))
-        tenant, experiment, *_ = self._places[window[0]]
+        self._turn_tokens = max(self._turn_tokens, policy.max_tokens)
+        near, further = self._window(policy)
+        head = near.pop(0)
+        tenant, experiment, *_ = self._places[head]
         self._clock = max(self._clock, tenant.start)
         tenant.clocks[experiment.rank] = max(tenant.clocks[experiment.rank], experiment.start)
-        sums = accumulate(entry.tokens for entry in window)
-        near = max(bisect_left(list(sums), AHEAD * policy.max_tokens), 1)
-        batch = company(window[0], window[1:near], policy, window[near:])
+        batch = company(head, near, policy)
+        if sum(entry.job.num_tokens for entry in batch) < (1 - MAX_PADDING) * policy.max_tokens:
+            batch = company(head, near, policy, further)
+        served = {}
         for entry in batch:
-            self._charge(*self._places[entry][:2], entry.tokens)
+            tenant, experiment, size, _ = self._places[entry]
+            self._charge(tenant, experiment, entry.tokens)
             self._remove(entry)
+            served[experiment] = (tenant, size)
+        for experiment, (tenant, size) in served.items():
+            goes_on = bool(experiment.waiting) and experiment.waiting[0][0] == size
+            if not goes_on or experiment.start - experiment.tag >= self._turn_tokens:
+                experiment.tag, tenant.tag = experiment.start, tenant.start
         return batch
 
     def settle(self, entry: Entry, computed_tokens: int) -> None:
@@ -157,45 +169,63 @@ class FairQueue:
             keep = tenant.busy
             tenant.experiments = {key: each for key, each in tenant.experiments.items() if each in keep}
 
-    def _in_order(self, policy: BatchPolicy) -> Iterator[Entry]:
-        """All entries, as they would be served one at a time; where the engine shares prompts, those of one prompt, as
-        many as fit into a batch, as one."""
-        tenants = [(tenant.start, tenant.number, tenant) for tenant in self._busy]
+    def _in_order(self) -> Iterator[tuple[list[Entry], _Tenant, float, _Experiment, float]]:
+        """All turns as they would be served one after another, with the tenant's and the experiment's start by then."""
+        tenants = [(tenant.tag, tenant.number, tenant.start, tenant) for tenant in self._busy]
         heapq.heapify(tenants)
-        inside: dict[_Tenant, list[tuple[int, float, int, Iterator[list[Entry]]]]] = {}
+        inside: dict[_Tenant, list[tuple[int, float, int, float, _Experiment, Iterator[list[Entry]] | None]]] = {}
         while tenants:
-            start, number, tenant = tenants[0]
+            _, number, start, tenant = tenants[0]
             flows = inside.get(tenant)
             if flows is None:
-                flows = inside[tenant] = [(e.rank, e.start, e.number, _groups(e, policy)) for e in tenant.busy]
+                flows = inside[tenant] = [(e.rank, e.tag, e.number, e.start, e, None) for e in tenant.busy]
                 heapq.heapify(flows)
             if not flows:
                 heapq.heappop(tenants)
                 continue
-            rank, begun, order, waiting = flows[0]
+            rank, _, order, begun, experiment, waiting = flows[0]
+            waiting = waiting or self._turns(experiment)
             found = next(waiting, None)
             if found is None:
                 heapq.heappop(flows)
                 continue
-            yield from found
+            yield found, tenant, start, experiment, begun
             tokens = sum(entry.tokens for entry in found)
-            heapq.heapreplace(flows, (rank, begun + tokens, order, waiting))
-            heapq.heapreplace(tenants, (start + tokens / tenant.weight, number, tenant))
+            begun, start = begun + tokens, start + tokens / tenant.weight
+            heapq.heapreplace(flows, (rank, begun, order, begun, experiment, waiting))
+            heapq.heapreplace(tenants, (start, number, start, tenant))
 
+    def _window(self, policy: BatchPolicy) -> tuple[list[Entry], list[Entry]]:
+        """The first entries in fair order: those of turns that would come up in the next AHEAD batches if everybody had
+        work enough, or one turn later, and others. Chosen from the first alone, a flow is never further ahead."""
+        batches = AHEAD * policy.max_tokens / sum(tenant.weight for tenant in self._busy)
+        size = WINDOW if policy.max_sequences > 1 else 1
+        near: list[Entry] = []
+        further: list[Entry] = []
+        clock: float | None = None
+        for turn, tenant, start, experiment, begun in self._in_order():
+            clock = start if clock is None else clock
+            tokens = sum(entry.tokens for entry in turn)
+            part = batches * tenant.weight / len(tenant.busy) + tokens
+            is_near = start - clock <= batches + tokens / tenant.weight
+            is_near = is_near and begun - tenant.clocks[experiment.rank] <= part
+            (near if is_near or not near or self.num_flows == 1 else further).extend(turn)
+            if len(near) + len(further) >= size:
+                break
+        return near[:size], further
 
-def _groups(experiment: _Experiment, policy: BatchPolicy) -> Iterator[list[Entry]]:
-    group: list[Entry] = []
-    tokens = 0
-    for *_, entry in experiment.waiting:
-        key = entry.job.prompt_key
-        joins = policy.shares_prompts and bool(key) and bool(group) and key == group[0].job.prompt_key
-        if group and not (joins and tokens + entry.tokens <= policy.max_tokens):
-            yield group
-            group, tokens = [], 0
-        group.append(entry)
-        tokens += entry.tokens
-    if group:
-        yield group
+    def _turns(self, experiment: _Experiment) -> Iterator[list[Entry]]:
+        """What `experiment` has waiting, in the pieces in which it is served: those of one call, at most a batch."""
+        turn: list[Entry] = []
+        tokens, current = experiment.start - experiment.tag, -1
+        for size, _, entry in experiment.waiting:
+            if turn and (size != current or tokens + entry.tokens > self._turn_tokens):
+                yield turn
+                turn, tokens = [], 0.0
+            turn.append(entry)
+            tokens, current = tokens + entry.tokens, size
+        if turn:
+            yield turn
 
 
 def _order(place: tuple[int, int, Entry]) -> tuple[int, int]:
