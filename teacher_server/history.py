@@ -50,7 +50,11 @@ class Series:
     _cached: int = 0
     _outcomes: dict[str, int] = field(default_factory=dict)
 
-    def sample(self, work: Work, queued: int) -> None:
+    def sample(self, work: Work, queued: int, missed: int = 0) -> None:
+        """The step that ends now; before it `missed` steps, of which nobody knows what was in which."""
+        for _ in range(min(missed, POINTS)):
+            self.points.append(Point(0, 0, queued, {}))
+            self._took.append(list(work.took.counts))
         now = dict(work.requests.by_outcome)
         ended = {name: number - self._outcomes.get(name, 0) for name, number in now.items()}
         self.points.append(
@@ -105,11 +109,12 @@ class History:
         due = clock() + self.step_s
         while True:
             await asyncio.sleep(max(due - clock(), 0))
-            self.sample()
-            due = max(due + self.step_s, clock())  # a loop that was held up makes up for nothing
+            missed = int((clock() - due) / self.step_s)  # by a process that was held up
+            self.sample(missed)
+            due += (1 + missed) * self.step_s
 
-    def sample(self) -> None:
-        self.all.sample(self._counts.all, self._queued())
+    def sample(self, missed: int = 0) -> None:
+        self.all.sample(self._counts.all, self._queued(), missed)
         queued = self._queued_by_tenant()
         for name, work in self._counts.tenants.items():
-            self.tenants.setdefault(name, Series()).sample(work, queued.get(name, 0))
+            self.tenants.setdefault(name, Series()).sample(work, queued.get(name, 0), missed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,3 +86,30 @@ def test_durations_are_of_the_last_steps_only() -> None:
     (median,) = series.latency_s(work, (0.5,))
     assert median is not None
     assert 0.01 <= median <= 0.025
+
+
+def test_a_server_that_was_held_up_keeps_its_time_axis() -> None:
+    counts = Counts()
+    kept = History(counts, lambda: 7, dict)
+    kept.sample()
+    counts.all.computed_tokens = 50
+    kept.sample(missed=3)
+    assert [(point.computed, point.queued) for point in kept.all.points] == [(0, 7), (0, 7), (0, 7), (0, 7), (50, 7)]
+    kept.sample(missed=10**9)
+    assert len(kept.all.points) == POINTS
+
+
+def test_steps_come_at_their_times_whatever_the_loop_does() -> None:
+    async def held_up() -> int:
+        kept = History(Counts(), lambda: 0, dict)
+        kept.step_s = 0.05
+        started = asyncio.get_running_loop().time()
+        running = asyncio.create_task(kept.run())
+        await asyncio.sleep(0.12)
+        time.sleep(0.3)  # a loop that does nothing else meanwhile
+        await asyncio.sleep(0.12)
+        running.cancel()
+        expected = (asyncio.get_running_loop().time() - started) / kept.step_s
+        return round(expected) - len(kept.all.points)
+
+    assert abs(asyncio.run(held_up())) <= 1
