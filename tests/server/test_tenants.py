@@ -13,6 +13,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+import structlog
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -129,7 +130,13 @@ def test_wrong_tenants_are_refused_in_a_line_that_repeats_no_key(tmp_path, found
         ServerConfig(model="m", tenants=found)
 
 
-def test_a_file_that_is_damaged_leaves_the_keys_of_before_in_force(tmp_path, caplog):
+def test_a_file_that_is_damaged_leaves_the_keys_of_before_in_force(tmp_path):
+    with structlog.testing.capture_logs() as logged:
+        damaged(tmp_path)
+    assert [line["event"] for line in logged] == ["tenants_not_read", "tenants_not_read", "tenants_read"]
+
+
+def damaged(tmp_path: Path) -> None:
     path = tmp_path / "tenants.yaml"
     write(path, tenants(weight=2))
     now = Tenants({}, path)
