@@ -83,7 +83,8 @@ class Flood:
         for attempt in itertools.count():
             if self._stop.is_set():
                 return
-            ids = [np.asarray([chance.randrange(60) for _ in range(48)], np.int32) for _ in range(100)]
+            size = chance.choice((10, 100))  # below half of a quarter of the queue, and above all of it
+            ids = [np.asarray([chance.randrange(60) for _ in range(48)], np.int32) for _ in range(size)]
             if attempt % 4 == 1:
                 ids[0][3] = 10**6  # no such token
             request = ScoreRequest(
