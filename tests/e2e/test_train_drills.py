@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from reliability import holds
 from tinymodels import save_tiny, tiny_tokenizer
 from training import (
     PROMPTS,
@@ -168,6 +169,24 @@ def test_a_teacher_killed_mid_run_and_restarted_leaves_no_trace(place, begin, un
             mortal.start()
         assert finish(process, tmp_path / "outage.log") == 0, (tmp_path / "outage.log").read_text()
     assert_same_bits(tmp_path / "outage" / "final", undisturbed / "final")
+
+
+def test_c6_two_teachers_of_three_killed_mid_run_leave_no_trace(
+    place, served, begin, undisturbed, tmp_path, record_property
+) -> None:
+    """Three replicas, two are killed, one of them comes back: the run loses no step."""
+    model = place / "teacher"
+    with teacher(tmp_path / "b", model, "--reference") as b, teacher(tmp_path / "c", model, "--reference") as c:
+        process = begin("replicas", url=f"{served.url},{b.url},{c.url}")
+        wait_until(lambda: steps_logged(tmp_path / "replicas") >= 2, what="two steps")
+        b.kill()
+        c.kill()
+        wait_until(lambda: steps_logged(tmp_path / "replicas") >= 5, what="steps with one teacher")
+        b.start()
+        assert finish(process, tmp_path / "replicas.log") == 0, (tmp_path / "replicas.log").read_text()
+    assert steps_logged(tmp_path / "replicas") == steps_logged(undisturbed)
+    assert_same_bits(tmp_path / "replicas" / "final", undisturbed / "final")
+    holds(record_property, "C6", "a run of 12 steps on 3 teachers, 2 killed, 1 back: the undisturbed run's weights")
 
 
 def test_a_teacher_gone_past_its_budget_ends_in_a_checkpoint(
