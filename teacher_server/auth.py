@@ -26,7 +26,7 @@ class KeyRing:
     """
 
     def __init__(self, keys: Sequence[str], tenants: Tenants | None = None, *, is_open: bool = False) -> None:
-        self._own = tuple((hashlib.sha256(key.encode()).digest(), DEFAULT_TENANT, False) for key in keys)
+        self._own = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
         self._tenants = tenants or Tenants({})
         self._open = is_open  # whatever becomes of the keys: a file that loses them opens nothing
 
@@ -46,7 +46,9 @@ class KeyRing:
         key = sent[len(SCHEME) :].strip() if sent[: len(SCHEME)].lower() == SCHEME else ""
         digest = hashlib.sha256(key.encode()).digest()
         found: Caller | None = None
-        for known, tenant, is_admin in (*self._own, *self._tenants.digests):  # all of them, whichever matches
+        is_own_admin = self._tenants.of(DEFAULT_TENANT).admin
+        own = ((known, DEFAULT_TENANT, is_own_admin) for known in self._own)
+        for known, tenant, is_admin in (*own, *self._tenants.digests):  # all of them, whichever matches
             if hmac.compare_digest(digest, known):
                 found = Caller(tenant, is_admin=is_admin)
         if not key or found is None:

@@ -17,6 +17,8 @@ DEFAULT_TENANT = "default"
 """Of everybody where there are no keys, and of the keys that name no tenant."""
 PRIORITIES = ("interactive", "bulk")
 """In the order in which a tenant's work is done."""
+SAID = ("experiment", "run", "priority")
+"""What a call says of itself; where it does not, what was said before holds."""
 HEADERS = {name: f"preceptor-{name}" for name in ("tenant", "experiment", "run", "priority")}
 """HTTP headers and gRPC metadata by which a call says who it is for; the request's own `metadata` goes before them."""
 
@@ -32,10 +34,10 @@ class Caller:
     """One of PRIORITIES: whether its own tenant's other work waits for it."""
 
     def named(self, metadata: CallMetadata) -> Caller:
-        """This caller, in the experiment and run that `metadata` names.
+        """This caller, in the experiment and run and with the priority that `metadata` names.
 
         Raises:
-            InvalidRequest: a name is too long, or holds characters that can't be shown.
+            InvalidRequest: a name is too long, or holds characters that can't be shown; or there is no such priority.
             PermissionDenied: it names another tenant.
         """
         for name in ("tenant", "experiment", "run"):
@@ -49,10 +51,12 @@ class Caller:
                 f"the key is of another tenant than the call names; expected {self.tenant!r}, or none",
                 field="metadata.tenant",
             )
-        experiment, run = metadata.experiment or self.experiment, metadata.run or self.run
-        return (
-            self if (experiment, run) == (self.experiment, self.run) else replace(self, experiment=experiment, run=run)
-        )
+        if metadata.priority not in ("", *PRIORITIES):
+            raise InvalidRequest(
+                f"got {metadata.priority!r:.40}; expected {' or '.join(PRIORITIES)}", field="metadata.priority"
+            )
+        said = {name: value for name in SAID if (value := getattr(metadata, name))}
+        return replace(self, **said) if said else self
 
     def from_headers(self, headers: Mapping[str, str]) -> Caller:
         """As `named`, from headers or gRPC metadata with lower-case names."""

@@ -35,3 +35,16 @@ def test_names_are_short_and_can_be_shown(name: str, text: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         OF_A_KEY.named(CallMetadata(**{name: text}))
     assert refused.value.field == f"metadata.{name}"
+
+
+def test_a_call_says_its_priority_in_headers_or_in_the_request():
+    urgent = OF_A_KEY.from_headers({"preceptor-priority": "interactive"})
+    assert (OF_A_KEY.priority, urgent.priority) == ("bulk", "interactive")
+    assert urgent.named(CallMetadata(run="3")) == Caller("vision", run="3", priority="interactive")
+    assert urgent.named(CallMetadata(priority="bulk")).priority == "bulk"
+
+
+def test_a_priority_that_is_none_is_refused():
+    with pytest.raises(InvalidRequest, match="'urgent'; expected interactive or bulk") as refused:
+        OF_A_KEY.named(CallMetadata(priority="urgent"))
+    assert refused.value.field == "metadata.priority"

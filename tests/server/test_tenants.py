@@ -80,6 +80,11 @@ def test_a_key_is_its_tenants_and_says_who_is_an_admin():
             ring.check(wrong)
 
 
+def test_what_the_tenant_default_may_holds_for_api_keys_too():
+    ring = KeyRing.of(ServerConfig(model="m", tenants={"default": {"admin": True}}, api_keys=["of-default"]))
+    assert ring.check(bearer("of-default")) == Caller("default", is_admin=True)
+
+
 def test_every_key_is_compared_whichever_matches(monkeypatch):
     compared: list[bytes] = []
     real = hmac.compare_digest
