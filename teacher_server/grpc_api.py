@@ -17,13 +17,13 @@ import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from teacher_api import compression, wire
 from teacher_api import info as info_api
 from teacher_api.errors import Incomplete, InternalError, InvalidRequest, TeacherError, TooLarge
 from teacher_api.v1 import teacher_pb2 as pb
+from teacher_server import grpc_health
 from teacher_server.answers import FRAME_BYTES, encoded, streamed_frames
 from teacher_server.auth import KeyRing
 from teacher_server.caller import Caller
@@ -67,13 +67,11 @@ class GrpcServer:
             ],
         )
         self._tls = tls
-        self._health = health.aio.HealthServicer()
-        self._lifecycle = lifecycle
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
-        self._server.add_generic_rpc_handlers((_handlers(service, keys),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self._health = grpc_health.Health(
+            lifecycle, (SERVICE,), max_calls=service.config.max_calls, message_s=service.config.header_s
+        )
+        self._server.add_generic_rpc_handlers((_handlers(service, keys), self._health.handler()))
+        names = (SERVICE, grpc_health.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self.port = 0
 
@@ -87,25 +85,10 @@ class GrpcServer:
                 self.port = self._server.add_secure_port(address, _credentials(self._tls))
         except RuntimeError:
             raise ValueError(f"cannot listen for gRPC on {address}: the address is in use or not ours") from None
-        await self._publish()
-        self._lifecycle.on_change(self._publish_soon)
         await self._server.start()
 
-    def _publish_soon(self) -> None:
-        if self._stopping:  # NOT_SERVING for good, and the loop may be about to close
-            return
-        task = asyncio.ensure_future(self._publish())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _publish(self) -> None:
-        states = health_pb2.HealthCheckResponse
-        state = states.SERVING if self._lifecycle.is_serving else states.NOT_SERVING
-        for name in ("", SERVICE):
-            await self._health.set(name, state)
-
     async def stop(self, grace_s: float) -> None:
-        self._stopping = True
+        self._health.close()
         await self._server.stop(grace_s)
 
 
@@ -296,7 +279,7 @@ class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has n
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
-        if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+        if handler_call_details.method.startswith(f"/{grpc_health.SERVICE}/"):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
         try:
