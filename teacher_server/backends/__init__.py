@@ -86,7 +86,11 @@ def _torch(config: ServerConfig) -> ScoringBackend:
 
 
 def _vllm(config: ServerConfig) -> VllmBackend:
+    from teacher_server import logs
     from teacher_server.backends.vllm_backend import VllmBackend
+
+    if logs.is_json(config.log_format):
+        logs.vllm_in_json()
 
     return VllmBackend(
         config.model,
