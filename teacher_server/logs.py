@@ -42,6 +42,7 @@ def configure(form: Form, level: str) -> None:
     if is_json(form):
         shared.append(structlog.processors.format_exc_info)
         render = structlog.processors.JSONRenderer()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read by huggingface_hub as it is imported
     else:
         render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
 

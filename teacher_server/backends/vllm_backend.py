@@ -23,7 +23,7 @@ from teacher_server.backends.room import Room
 from teacher_server.backends.torch_loading import find_checkpoint, tokenizer_facts
 from teacher_server.backends.vllm_adapters import ARGUMENTS, VllmAdapters
 from teacher_server.backends.vllm_check import check_adapters, check_answers
-from teacher_server.backends.vllm_engine import EngineHost, one_line, prepare_environment
+from teacher_server.backends.vllm_engine import EngineHost, one_line, prepare_environment, progress
 from teacher_server.backends.vllm_generation import VllmGenerator, memory_shares
 from teacher_server.backends.vllm_head import read_output_head
 from teacher_server.backends.vllm_paths import ANSWER_BYTES, FusedPath, PromptLogprobsPath, ScoringPath
@@ -218,7 +218,7 @@ class VllmBackend(ScoringBackend):
         for name in sorted(own.keys() & self._user_arguments.keys() - {"hf_overrides", "additional_config"}):
             if self._user_arguments[name] != own[name]:
                 raise ValueError(f"engine argument {name!r} is always {own[name]!r} on the {path.name} path")
-        return AsyncEngineArgs(**{**path.defaults(), **plan.arguments, **own})
+        return AsyncEngineArgs(**{**progress(), **path.defaults(), **plan.arguments, **own})
 
     def _start(self, plan: _Plan, path: ScoringPath) -> None:
         limit_s = self._start_timeout_s

@@ -13,6 +13,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
@@ -45,6 +46,11 @@ def prepare_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ[SERVER_PID] = str(os.getpid())
+
+
+def progress() -> dict[str, bool]:
+    """Engine arguments by which vLLM draws its progress bars for people only: among lines of a log they are none."""
+    return {"use_tqdm_on_load": sys.stderr.isatty()}
 
 
 class EngineHost:

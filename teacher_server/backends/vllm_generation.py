@@ -11,7 +11,7 @@ from typing import Any
 from teacher_api.errors import InvalidBackendOutput
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.generation import Generated, GenerationJob, Generator, TokenWatch
-from teacher_server.backends.vllm_engine import EngineHost
+from teacher_server.backends.vllm_engine import EngineHost, progress
 
 MAX_BIASED_COLUMNS = 1024  # of one request: what vLLM's second model runner takes
 SHARE_OF_GPU = 0.45
@@ -61,7 +61,7 @@ class VllmGenerator(Generator):
         for name in sorted(fixed.keys() & own.keys()):
             if own[name] != fixed[name]:
                 raise ValueError(f"engine argument {name!r} is always {fixed[name]!r} for the engine that generates")
-        arguments = {**shared, **self._defaults(), **chosen, **own, **fixed}
+        arguments = {**progress(), **shared, **self._defaults(), **chosen, **own, **fixed}
         self._host.start(AsyncEngineArgs(**arguments), environment, timeout_s=timeout_s)
 
     async def generate(self, job: GenerationJob) -> Generated:

@@ -138,7 +138,9 @@ def test_wrong_tenants_are_refused_in_a_line_that_repeats_no_key(tmp_path, found
 def test_a_file_that_is_damaged_leaves_the_keys_of_before_in_force(tmp_path):
     with structlog.testing.capture_logs() as logged:
         damaged(tmp_path)
-    warned = [line["event"] for line in logged if line["log_level"] != "info"]  # information is shown or not, by the level
+    warned = [
+        line["event"] for line in logged if line["log_level"] != "info"
+    ]  # information is shown or not, by the level
     assert warned == ["tenants_not_read", "tenants_not_read"]
 
 
