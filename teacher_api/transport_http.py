@@ -5,6 +5,7 @@ runs under asyncio's.
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -19,6 +20,8 @@ from teacher_api.transport import MAX_MESSAGE_BYTES, PROTOBUF, REQUEST_ID, error
 from teacher_api.v1 import teacher_pb2 as pb
 
 MAX_PROBLEM_BYTES = 64 << 10
+DEADLINE = "grpc-timeout"
+"""The header by which a teacher knows over HTTP, too, how long we wait."""
 
 
 class HttpTransport:
@@ -56,7 +59,7 @@ class HttpTransport:
         self, method: str, path: str, body: bytes | None, timeout_s: float, request_id: str
     ) -> AsyncIterator[httpx.Response]:
         """An answer of status 200, its body not read yet. Everything else raises a TeacherError."""
-        headers = {REQUEST_ID: request_id, **tracing.headers()}
+        headers = {REQUEST_ID: request_id, DEADLINE: _deadline(timeout_s), **tracing.headers()}
         headers |= {"content-type": PROTOBUF} if body is not None else {}
         if body is not None and self._compression == "zstd" and len(body) >= LEAST_BYTES:
             body = compress(body)
@@ -120,6 +123,14 @@ class HttpTransport:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+def _deadline(timeout_s: float) -> str:
+    """As gRPC writes it: at most 8 digits and a unit, never less than `timeout_s`."""
+    for unit, seconds in (("m", 1e-3), ("S", 1.0)):
+        if math.ceil(timeout_s / seconds) < 10**8:
+            return f"{max(1, math.ceil(timeout_s / seconds))}{unit}"
+    return f"{min(math.ceil(timeout_s / 3600), 10**8 - 1)}H"
 
 
 def _whole_frames(buffer: bytearray) -> Iterator[bytes]:

@@ -36,6 +36,7 @@ from teacher_server.auth import KeyRing
 from teacher_server.caller import Caller
 from teacher_server.counts import OK, Outcome
 from teacher_server.http_coding import accepts_zstd, coded, coded_pieces, coding_headers
+from teacher_server.http_deadline import ends_at, left_s
 from teacher_server.http_requests import JSON, PROTOBUF, caller_of, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames, Whole
 from teacher_server.http_status import add_status, refusing_page, wants_page
@@ -82,7 +83,7 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         kind, decoded = await _received(request, service, (PROTOBUF, JSON))
         async with contextlib.AsyncExitStack() as hold:
             zstd = accepts_zstd(request)
-            scored = _scored(service, decoded, caller_of(request), id_of(request), kind, hold)
+            scored = _scored(service, decoded, request, kind, hold)
             content = await unless_gone(request, coded(scored, zstd))
             return Whole(content, kind, hold.pop_all(), service.config.answer_idle_s, coding_headers(zstd))
 
@@ -95,7 +96,7 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         jobs_of(decoded, info)  # what is wrong with the whole request is a status, not a frame
         zstd = accepts_zstd(request)
         return Frames(
-            coded_pieces(_frames(service, decoded, caller, id_of(request)), zstd),
+            coded_pieces(_frames(service, decoded, caller, id_of(request), left_s(request)), zstd),
             service.config.answer_idle_s,
             media_type="application/octet-stream",
             headers=coding_headers(zstd),
@@ -124,27 +125,27 @@ def _add_head(app: FastAPI, service: TeacherService) -> None:
 async def _scored(
     service: TeacherService,
     decoded: wire.DecodedRequest,
-    caller: Caller,
-    request_id: str,
+    request: Request,
     kind: str,
     hold: contextlib.AsyncExitStack,
 ) -> bytes:
     """The body of the answer. What it counts as is given back when `hold` is closed."""
     fingerprint = service.open_info(decoded.request.teacher).fingerprint
     max_bytes = json_models.MAX_JSON_ANSWER_BYTES if kind == JSON else None
-    answers = await hold.enter_async_context(service.scored(decoded, caller, max_bytes=max_bytes))
+    scoring = service.scored(decoded, caller_of(request), transport_s=left_s(request), max_bytes=max_bytes)
+    answers = await hold.enter_async_context(scoring)
     if kind == JSON:
-        return json_models.response_to_json(answers, fingerprint, request_id)
-    return await encoded(answers, fingerprint, request_id, decoded.compression)
+        return json_models.response_to_json(answers, fingerprint, id_of(request))
+    return await encoded(answers, fingerprint, id_of(request), decoded.compression)
 
 
 async def _frames(
-    service: TeacherService, decoded: wire.DecodedRequest, caller: Caller, request_id: str
+    service: TeacherService, decoded: wire.DecodedRequest, caller: Caller, request_id: str, transport_s: float | None
 ) -> AsyncGenerator[bytes, None]:
     async def once() -> AsyncIterator[wire.DecodedRequest]:
         yield decoded
 
-    session = StreamSession(service, once(), caller, None)
+    session = StreamSession(service, once(), caller, transport_s)
     async with session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
             async for frame in streamed_frames(answer, request_id, decoded.compression):
@@ -242,6 +243,7 @@ class _Envelope:
             outcome.tenant = key.tenant
             scope["caller"] = key.from_headers(headers)
             outcome.called_by(scope["caller"])
+            scope["ends_at"] = ends_at(headers)
             await self._app(scope, receive, with_id)
         except TeacherError as error:
             outcome.refused(error)

@@ -16,6 +16,7 @@ from teacher_api.errors import Cancelled, Incomplete, InvalidRequest, TooLarge
 from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.http_coding import without_coding
+from teacher_server.http_deadline import in_time
 from teacher_server.service import TeacherService
 
 PROTOBUF = "application/x-protobuf"
@@ -36,7 +37,8 @@ async def received(request: Request, service: TeacherService, max_bytes: int | N
     if announced > limit:
         raise _too_large(limit)
     with service.receiving.body(announced) as came:
-        body = await _body(request, limit, service.config, came)
+        async with in_time(request):
+            body = await _body(request, limit, service.config, came)
         yield await without_coding(request, body, limit, came)
 
 

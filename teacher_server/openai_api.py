@@ -21,6 +21,7 @@ from teacher_api.types import Completion, IntArray, ScoreOptions, ScoreRequest, 
 from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.generation import Writer
+from teacher_server.http_deadline import in_time
 from teacher_server.http_requests import JSON, caller_of, content_type, id_of, received, unless_gone
 from teacher_server.http_responses import Frames
 from teacher_server.openai_answer import Answer, Scored
@@ -55,7 +56,8 @@ def add_routes(app: FastAPI, service: TeacherService) -> None:
         answer_id = _answer_id(request, asked)
         async with contextlib.AsyncExitStack() as hold:
             work = _answered(service, writer, lazy, asked, teacher, caller_of(request), answer_id, hold)
-            answer = await unless_gone(request, work)
+            async with in_time(request):
+                answer = await unless_gone(request, work)
             return _Held(_sent(answer.pieces()), service.config.answer_idle_s, hold.pop_all())
 
     @app.get("/v1/models", summary="The served models, in OpenAI's form: the base and its adapters")

@@ -10,12 +10,20 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from teacher_api.errors import KINDS
+from teacher_server import http_deadline
 from teacher_server.json_models import JsonScoreRequest
 from teacher_server.openai_errors import speaks_openai
 from teacher_server.openai_generation import GenerationRequest
 from teacher_server.openai_models import CompletionRequest
 
 REF = "#/components/schemas/{model}"
+_DEADLINE = {
+    "name": http_deadline.HEADER,
+    "in": "header",
+    "required": False,
+    "description": "the caller's deadline, as gRPC writes it: 2500m is 2.5 s from the head of the request on",
+    "schema": {"type": "string", "pattern": f"^{http_deadline.PATTERN}$"},
+}
 _PROTOBUF = {"application/x-protobuf": {"schema": {"type": "string", "format": "binary"}}}
 
 
@@ -55,6 +63,8 @@ def _completed(schema: dict[str, Any], completions: type[CompletionRequest]) -> 
     paths["/v1/head"]["get"]["responses"]["200"] = {"description": "a safetensors file", "content": frames}
     openai_body = {"application/json": {"schema": {"$ref": REF.format(model=completions.__name__)}}}
     paths["/v1/completions"]["post"]["requestBody"] = {"required": True, "content": openai_body}
+    for name in ("/v1/score", "/v1/score/stream", "/v1/completions"):
+        paths[name]["post"].setdefault("parameters", []).append(_DEADLINE)
     for name, path in paths.items():
         for operation in path.values():
             operation["responses"]["default"] = _openai_response() if speaks_openai(name) else _problem_response()

@@ -112,6 +112,7 @@ class FakeTeacher:
         self.requests: list[pb.ScoreRequest] = []
         self.paths: list[str] = []
         self.keys: list[str] = []
+        self.timeouts: list[str] = []  # what HTTP requests said of their deadlines
         self.in_flight = self.most_in_flight = 0
         self.down = False  # it refuses everything, as a server does that is starting
         self.delay_s = 0.0  # of each score call
@@ -274,6 +275,7 @@ async def serve_http(teacher: FakeTeacher, port: int = 0, host: str = "127.0.0.1
             return
         headers = {k.decode(): v.decode() for k, v in scope["headers"]}
         teacher.keys.append(headers.get("authorization", ""))
+        teacher.timeouts.append(headers.get("grpc-timeout", ""))
         body, more = b"", True
         while more:
             event = await receive()

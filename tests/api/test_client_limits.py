@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tracemalloc
 from collections import deque
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from client_calls import a_request, check, ids, run, streamed
 from fake_teacher import SERVE, FakeTeacher, Fault, V
 
 from teacher_api import asking, errors
+from teacher_api.endpoints import open_transport
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest
 
 pytestmark = [
@@ -125,3 +127,30 @@ def test_score_many_stops_at_an_error_and_cancels_the_rest(serve):
     if serve is SERVE["http"]:
         pytest.skip("an ASGI application learns of a lost client only when it reads or writes")
     run(serve, teacher, work)
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "said"),
+    [(2.5, "2500m"), (0.0001, "1m"), (0.3, "300m"), (99_999.999, "99999999m"), (1e5, "100000S"), (1e12, "99999999H")],
+)
+def test_an_http_request_says_how_long_it_is_waited_for(timeout_s, said):
+    """In gRPC's own form, of at most eight digits, and never less than it is."""
+
+    async def ask(teacher):
+        async with SERVE["http"](teacher) as url:
+            transport = open_transport(url, api_key=None, max_connections=1)
+            with suppress(errors.DeadlineExceeded):
+                await transport.info(timeout_s=timeout_s, request_id="a")
+            while not teacher.timeouts and timeout_s > 0.1:
+                await asyncio.sleep(0.01)
+            await transport.close()
+
+    teacher = FakeTeacher()
+    asyncio.run(ask(teacher))
+    assert teacher.timeouts == [said] or (timeout_s < 0.1 and not teacher.timeouts)
+
+
+def test_each_attempt_says_its_own_limit_over_http():
+    teacher = FakeTeacher()
+    run(SERVE["http"], teacher, lambda c: c.score(a_request(2)), attempt_timeout_s=7.5)
+    assert set(teacher.timeouts) == {"7500m"}
