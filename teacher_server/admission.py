@@ -1,7 +1,6 @@
 """How much work is accepted: one budget of tokens to be computed and one of answer bytes, of which each experiment that
 wants some may hold its share. Work over it, or over its tenant's rate, is refused with a time to come back (unary
-calls) or waits its turn (streams, which stop reading meanwhile). Bodies that are still being received have a budget of
-their own.
+calls) or waits its turn (streams, which stop reading meanwhile). Bodies that are still being received: places.py.
 
 Invariants: nothing is held beyond the budgets; a caller alone may hold all of them; none can keep another from holding
 its share for longer than the engine takes to answer what was accepted before.
@@ -10,10 +9,9 @@ its share for longer than the engine takes to answer what was accepted before.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from teacher_api.errors import Overloaded, TooLarge
@@ -324,41 +322,3 @@ class Admission:
             f"in {int(share * self.max_tokens)} tokens and {int(share * self.max_bytes)} bytes of answers while others "
             f"want theirs, or were told to come back before; {cost.tokens} more do not fit now; come back later"
         )
-
-
-class Receiving:
-    """Bytes of request bodies that are being received, over all connections. What has come counts, not what was
-    announced: a caller that announces much and sends nothing keeps nobody out."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-
-    @contextlib.contextmanager
-    def body(self, announced: int) -> Iterator[Callable[[int], None]]:
-        """Around the receiving of one body. Gives what must be called with the size of each piece that came.
-
-        Raises:
-            Overloaded: there is no room for a body of `announced` bytes, or for the piece.
-        """
-        held = 0
-
-        def came(num_bytes: int) -> None:
-            nonlocal held
-            self._check(num_bytes)
-            held += num_bytes
-            self.num_bytes += num_bytes
-
-        self._check(announced)
-        try:
-            yield came
-        finally:
-            self.num_bytes -= held
-
-    def _check(self, more: int) -> None:
-        if self.num_bytes + more > self.max_bytes:
-            raise Overloaded(
-                f"{self.num_bytes} bytes of request bodies are being received; {more} more would pass the bound of "
-                f"{self.max_bytes}; come back later",
-                retry_after_s=RETRY_AFTER_UNKNOWN_S,
-            )

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from teacher_api import compression, wire
 from teacher_api import info as info_api
-from teacher_api.errors import Incomplete, InternalError, InvalidRequest, TeacherError, TooLarge
+from teacher_api.errors import Incomplete, InternalError, InvalidRequest, Overloaded, TeacherError, TooLarge
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server import grpc_health
 from teacher_server.answers import FRAME_BYTES, encoded, streamed_frames
@@ -121,7 +121,10 @@ def _handlers(service: TeacherService, keys: KeyRing) -> grpc.GenericRpcHandler:
         await _answered(context, service, keys, "score_stream", work)
 
     async def get_head(requests: AsyncIterator[bytes], context: Any) -> None:
-        await _answered(context, service, keys, "head", lambda *_: _get_head(service, requests, context))
+        async def work(_: str, caller: Caller) -> None:
+            await _get_head(service, requests, caller, context)
+
+        await _answered(context, service, keys, "head", work)
 
     methods = {
         # Of one message, read by ourselves, for gRPC would wait for its end for ever; and of one answer, written by
@@ -183,14 +186,14 @@ async def _score_stream(
                     await context.write(frame.SerializeToString())
 
 
-async def _get_head(service: TeacherService, requests: AsyncIterator[bytes], context: Any) -> None:
+async def _get_head(service: TeacherService, requests: AsyncIterator[bytes], caller: Caller, context: Any) -> None:
     try:
         expected = pb.GetHeadRequest.FromString(await _only(requests, service)).expect_fingerprint
     except DecodeError:
         raise InvalidRequest("the message is not a teacher.v1.GetHeadRequest") from None
     authorization = dict(context.invocation_metadata() or ()).get("authorization")
-    file, offset = service.head_file(authorization, expected), 0
-    async with contextlib.aclosing(service.head_pieces(file, FRAME_BYTES)) as pieces:
+    file, offset = service.head_file(authorization, expected, caller), 0
+    async with contextlib.aclosing(service.head_pieces(file, FRAME_BYTES, caller)) as pieces:
         async for piece in pieces:
             async with taken_within(service.config.answer_idle_s):
                 await context.write(pb.HeadChunk(offset=offset, data=piece).SerializeToString())
@@ -215,11 +218,23 @@ async def _answered(context: Any, service: TeacherService, keys: KeyRing, method
     metadata = dict(context.invocation_metadata() or ())
     with watched(service.counts, service.tracing, "grpc", method, metadata) as outcome:
         try:
-            return await _with_status(context, metadata, keys, work, outcome)
+            return await _with_status(context, metadata, keys, _in_a_place(service, work), outcome)
         except asyncio.CancelledError:  # gRPC's way to say that the caller has gone, or its deadline
             left_s = context.time_remaining()
             outcome.name = "cancelled" if left_s is None or left_s > 0 else "deadline_exceeded"
             raise
+
+
+def _in_a_place(service: TeacherService, work: Work) -> Work:
+    """`work`, for callers whose tenant has not too many calls open already."""
+
+    async def placed(request_id: str, caller: Caller) -> Any:
+        if not service.calls.has_room(caller.tenant):
+            raise Overloaded("as many calls are open as are this tenant's part; come back later", retry_after_s=1.0)
+        with service.calls.held(caller.tenant):
+            return await work(request_id, caller)
+
+    return placed
 
 
 async def _with_status(context: Any, metadata: dict[str, str], keys: KeyRing, work: Work, outcome: Outcome) -> Any:

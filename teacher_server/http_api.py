@@ -90,7 +90,7 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
     @app.post("/v1/score/stream", summary="The same as length-delimited protobuf frames, for large answers")
     async def score_stream(request: Request) -> Response:
         _, decoded = await _received(request, service, (PROTOBUF,))
-        service.refuse_stream_if_full()
+        service.refuse_stream_if_full(caller_of(request))
         info = service.open_info(decoded.request.teacher)
         caller = caller_of(request).named(decoded.request.metadata)
         jobs_of(decoded, info)  # what is wrong with the whole request is a status, not a frame
@@ -113,9 +113,10 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
 def _add_head(app: FastAPI, service: TeacherService) -> None:
     @app.get("/v1/head", summary="The output head as a safetensors file, where it is shared")
     async def head(request: Request, expect_fingerprint: str = "") -> Response:
-        file = service.head_file(request.headers.get("authorization"), expect_fingerprint)
+        caller = caller_of(request)
+        file = service.head_file(request.headers.get("authorization"), expect_fingerprint, caller)
         return Frames(
-            service.head_pieces(file, FRAME_BYTES),
+            service.head_pieces(file, FRAME_BYTES, caller),
             service.config.answer_idle_s,
             media_type="application/octet-stream",
             headers={"content-length": str(file.num_bytes), "etag": f'"{file.digest}"'},

@@ -36,7 +36,7 @@ async def received(request: Request, service: TeacherService, max_bytes: int | N
     announced = int(declared) if declared.isdigit() else 0
     if announced > limit:
         raise _too_large(limit)
-    with service.receiving.body(announced) as came:
+    with service.receiving.body(announced, caller_of(request).tenant) as came:
         async with in_time(request):
             body = await _body(request, limit, service.config, came)
         yield await without_coding(request, body, limit, came)

@@ -222,7 +222,7 @@ class ServiceMetrics(Collector):
             ("queue_bytes", "Bytes of answers accepted and not yet delivered.", admission.num_bytes),
             ("queue_limit_bytes", "Most of them, --queue-bytes.", admission.max_bytes),
             ("receiving_bytes", "Bytes of HTTP bodies being received.", self._service.receiving.num_bytes),
-            ("open_streams", "Streams open.", self._service.open_streams),
+            ("open_streams", "Streams open.", self._service.streams.taken),
         ):
             yield GaugeMetricFamily(f"preceptor_{name}", what, value=value)
 

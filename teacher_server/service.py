@@ -21,12 +21,12 @@ from teacher_api.errors import DeadlineExceeded, Overloaded, TeacherError, TooLa
 from teacher_api.tracing import Tracing
 from teacher_api.types import ScoreOptions, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import DecodedRequest
-from teacher_server.admission import Admission, Cost, Receiving
+from teacher_server.admission import Admission, Cost
 from teacher_server.auth import tenants_of
 from teacher_server.backends.base import ModelFacts, ScoreJob, ScoringBackend
 from teacher_server.backends.generation import Generator
 from teacher_server.cache import Lookup, ScoreCache
-from teacher_server.caller import Caller
+from teacher_server.caller import DEFAULT_TENANT, Caller
 from teacher_server.config import ServerConfig
 from teacher_server.counts import Counts
 from teacher_server.fair import FairQueue
@@ -44,6 +44,7 @@ from teacher_server.history import History
 from teacher_server.identity import teacher_infos
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.output_check import checked
+from teacher_server.places import Places, Receiving
 from teacher_server.scheduler import Scheduler
 from teacher_server.usage import Usage
 from teacher_server.validation import answer_bytes, check_fingerprint, jobs_of
@@ -80,7 +81,6 @@ class TeacherService:
         self.counts = Counts()
         self.began = time.monotonic()
         self.generator: Generator | None = None  # what writes text, once the model is loaded
-        self.open_streams = 0
         self._head_access = HeadAccess(config)
         self._head_file: HeadFile | None = None
         self.tenants = tenants_of(config)
@@ -92,7 +92,9 @@ class TeacherService:
             weight_of=self.tenants.weight_of,
             rate_of=self.tenants.rate_of,
         )
-        self.receiving = Receiving(config.receiving_bytes)
+        self.streams = Places(config.max_streams, self._is_shared)
+        self.calls = Places(config.max_calls, self._is_shared)
+        self.receiving = Receiving(Places(config.receiving_bytes, self._is_shared))
         self.history = History(self.counts, lambda: self.admission.tokens, self.admission.held_by_tenant)
         self.cache = ScoreCache(
             config.cache,
@@ -103,6 +105,10 @@ class TeacherService:
             spared=self.usage.cached,
         )
         lifecycle.watch_work(lambda: self.idle_s, lambda: self.admission.share)
+
+    def _is_shared(self) -> bool:
+        """Whether several tenants have keys."""
+        return len({*self.tenants.names, *((DEFAULT_TENANT,) if self.config.api_keys else ())}) > 1
 
     def _tokens_per_s(self) -> float:
         return self._scheduler.tokens_per_s if self._scheduler else 0.0
@@ -172,7 +178,7 @@ class TeacherService:
         self._head_file = await asyncio.to_thread(write_head, head, info, directory)
         return offered(info, self._head_file)
 
-    def head_file(self, authorization: str | None, expect_fingerprint: str) -> HeadFile:
+    def head_file(self, authorization: str | None, expect_fingerprint: str, caller: Caller) -> HeadFile:
         """The output head, for a caller who may have it.
 
         Raises:
@@ -183,19 +189,16 @@ class TeacherService:
         info = self.open_info()
         self._head_access.check(authorization)
         check_fingerprint(expect_fingerprint, info)
-        self.refuse_stream_if_full()
+        self.refuse_stream_if_full(caller)
         assert self._head_file is not None, "share_head without a head"
         return self._head_file
 
-    async def head_pieces(self, file: HeadFile, piece_bytes: int) -> AsyncGenerator[bytes, None]:
+    async def head_pieces(self, file: HeadFile, piece_bytes: int, caller: Caller) -> AsyncGenerator[bytes, None]:
         """The file; while it is being sent it counts as a stream."""
-        self.open_streams += 1
-        try:
+        with self.streams.held(caller.tenant):
             async with contextlib.aclosing(file.pieces(piece_bytes)) as pieces:
                 async for piece in pieces:
                     yield piece
-        finally:
-            self.open_streams -= 1
 
     async def _watch_engine(self, backend: ScoringBackend) -> None:
         """Tells the probes of an engine that died or hangs. It is asked, for no work comes to a server that is not
@@ -236,10 +239,11 @@ class TeacherService:
             raise Unavailable("the server is shutting down; try another, or this one again after its restart")
         return self.info_of(teacher)
 
-    def refuse_stream_if_full(self) -> None:
-        if self.open_streams >= self.config.max_streams:
+    def refuse_stream_if_full(self, caller: Caller) -> None:
+        if not self.streams.has_room(caller.tenant):
             raise Overloaded(
-                f"{self.open_streams} streams are open, as many as this server keeps; come back later",
+                f"as many streams are open as this server keeps, {self.streams.most}, or as are this tenant's part; "
+                "come back later",
                 retry_after_s=RETRY_WHILE_FULL_S,
             )
 

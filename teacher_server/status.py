@@ -72,7 +72,7 @@ def _queue(service: TeacherService, caller: Caller) -> dict[str, Any]:
         "bytes": admission.num_bytes,
         "limit_bytes": admission.max_bytes,
         "share": round(admission.share, 4),
-        "streams": service.open_streams,
+        "streams": service.streams.taken,
         "forwards": service.forwards.running,
         "engine_restarts": service.engine_restarts,
     }

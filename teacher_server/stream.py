@@ -64,13 +64,13 @@ class StreamSession:
         self.most_in_work = 0
 
     async def __aenter__(self) -> StreamSession:
-        self._service.refuse_stream_if_full()
-        self._service.open_streams += 1
+        self._service.refuse_stream_if_full(self._caller)
+        self._service.streams.take(self._caller.tenant)
         self._reader = asyncio.create_task(self._read())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._service.open_streams -= 1
+        self._service.streams.give(self._caller.tenant)
         tasks = [self._reader, *self._tasks]
         for task in tasks:
             task.cancel()

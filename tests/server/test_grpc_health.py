@@ -1,4 +1,4 @@
-"""Health over gRPC asks for no key: it answers as the standard says, and nobody without a key keeps others out by it."""
+"""Health over gRPC asks for no key: it answers as the standard says, and by it nobody without one keeps others out."""
 
 from __future__ import annotations
 
