@@ -1,8 +1,9 @@
 """uvicorn as this server runs it: signals are left to Lifecycle, and no caller holds a connection by sending half of
 something. Owns what happens on a connection outside a request; bodies that stall are http_requests.py's.
 
-Invariants: TLS handshake and headers each end within `header_s`; headers have at most MAX_HEADER_BYTES; a connection
-whose request was answered before its end is closed LINGER_S later, unless the rest comes by then.
+Invariants: TLS handshake and headers each end within `header_s`; headers, and what comes of a body between its bytes,
+have at most MAX_HEADER_BYTES; trailers are not kept; a connection whose request was answered before its end is closed
+LINGER_S later, unless the rest comes by then.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Connection(HttpToolsProtocol):
         self._header_s = header_s
         self._header_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
-        self._header_bytes = 0
+        self._header_bytes = 0  # since headers or a piece of a body ended: headers, sizes of chunks, trailers
         self._in_headers = False
         self._in_request = False  # it has begun, and its end has not come
 
@@ -103,11 +104,14 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_headers or not self._in_request:
-            self._header_bytes += len(data)
+        self._header_bytes += len(data)
         super().data_received(data)
-        if self._in_headers and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self._refuse(TooLarge(f"the headers have more than {MAX_HEADER_BYTES} bytes"), 431)
+        if self._header_bytes <= MAX_HEADER_BYTES or self.transport.is_closing():
+            return
+        if self.cycle is None or not self.cycle.response_started or (self._in_headers and self.cycle.response_complete):
+            self._refuse(TooLarge(f"the headers or trailers have more than {MAX_HEADER_BYTES} bytes"), 431)
+        else:  # in the middle of an answer, or after it
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -115,13 +119,21 @@ class Connection(HttpToolsProtocol):
         if self._header_timer is None:
             self._expect_headers()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:  # a trailer would come among the headers
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._header_bytes = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         self._in_headers, self._header_bytes = False, 0
         self._forget(header=True)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._in_request = False
+        self._in_request, self._header_bytes = False, 0
         self._forget(linger=True)
         super().on_message_complete()
         if self.cycle.response_complete and not self.transport.is_closing():  # uvicorn counts from answers alone

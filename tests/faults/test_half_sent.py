@@ -204,6 +204,36 @@ def test_endless_headers_are_refused(quick: Server):
         assert quick.http.get(f"{quick.http_url}/livez", headers={"x-large": "y" * 200_000}).status_code == 431
 
 
+CHUNKED = HEAD.replace(b"content-length: 100000", b"transfer-encoding: chunked") + b"\r\n1\r\nx\r\n"
+
+
+@pytest.mark.parametrize("piece", [b"a:\r\n", b"x-long: " + b"v" * 1000, b""], ids=["many", "long", "size-of-a-chunk"])
+def test_endless_trailers_are_refused(quick: Server, piece: bytes):
+    begin, piece = (CHUNKED + b"0\r\n", piece) if piece else (CHUNKED + b"1;", b"v" * 1000)
+    ended = quick.app.service.counts.requests["http"].by_outcome
+    timed_out, data = ended["incomplete"], b""
+    with opened(quick, begin) as caller:
+        caller.setblocking(False)
+        with contextlib.suppress(ConnectionError):  # what it sent beyond the answer
+            while not data:
+                with contextlib.suppress(BlockingIOError):
+                    caller.send(piece * (1 << 14))
+                with contextlib.suppress(BlockingIOError):
+                    data = caller.recv(1 << 16)
+    assert data == b"" or data.startswith(b"HTTP/1.1 431 ")
+    assert ended["incomplete"] == timed_out, "the server read on until the body was late"
+
+
+def test_a_trailer_is_no_header(quick: Server):
+    message = wire.encode_request(request_of([1, 2, 3])).SerializeToString()
+    head = CHUNKED.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    body = f"{len(message):x}\r\n".encode() + message + b"\r\n0\r\nx-request-id: a-trailer\r\n\r\n"
+    with opened(quick, head + body) as caller:
+        answer = answer_of(caller)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"a-trailer" not in answer
+
+
 def test_what_is_not_http_gets_a_problem_document(quick: Server):
     with opened(quick, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64)) as caller:
         answer = everything(caller)
