@@ -157,7 +157,7 @@ class DiskTier:
 
     def _reading(self) -> sqlite3.Connection:
         if self._read is None:
-            self._read = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, isolation_level=None)
+            self._read = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
         return self._read
 
     # ---- in the writing thread ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What each tenant's experiments used, by day (UTC), in SQLite: tokens computed, taken from a cache and refused, and
 seconds of the engine. Knows no queue and no transport.
 
-Counted in memory on the event loop, written every few seconds and at the end: a server that is killed loses what came
+Counted in memory, written every few seconds and at the end: a server that is killed loses what came
 after the last write, never what was written. A tenant's experiments beyond a bound are counted together.
 """
 
@@ -72,6 +72,7 @@ class Usage:
     def __init__(self, path: str = "") -> None:
         self._path = path
         self._pending: dict[Key, Spent] = {}
+        self._counting = threading.Lock()  # of what is pending: counted on the event loop, taken away in threads
         self._lock = threading.Lock()  # of the database: written in a thread, read in others
         try:
             self._database = sqlite3.connect(path or ":memory:", timeout=BUSY_S, check_same_thread=False)
@@ -109,7 +110,11 @@ class Usage:
         if experiment not in known and len(known) >= MAX_EXPERIMENTS:
             experiment = OTHERS
         known.add(experiment)
-        self._pending.setdefault((day, caller.tenant, experiment), Spent()).add(spent)
+        self._count((day, caller.tenant, experiment), spent)
+
+    def _count(self, key: Key, spent: Spent) -> None:
+        with self._counting:
+            self._pending.setdefault(key, Spent()).add(spent)
 
     async def keep(self) -> None:
         """Writes what was counted until cancelled, and then once more."""
@@ -122,7 +127,8 @@ class Usage:
 
     def write(self) -> None:
         """What can't be written is kept in memory, and tried again."""
-        pending, self._pending = self._pending, {}
+        with self._counting:
+            pending, self._pending = self._pending, {}
         rows = [(*key, *(getattr(spent, name) for name in SPENT)) for key, spent in pending.items()]
         try:
             with self._lock, self._database:
@@ -130,7 +136,7 @@ class Usage:
         except sqlite3.Error as error:
             log.error("usage_not_written", file=self._path, reason=str(error))
             for key, spent in pending.items():
-                self._pending.setdefault(key, Spent()).add(spent)
+                self._count(key, spent)
 
     def close(self) -> None:
         self.write()

@@ -84,6 +84,17 @@ async def written(tier: DiskTier) -> None:
         await asyncio.wait({tier._writing})
 
 
+@pytest.mark.parametrize("name", ["a#b", "a?mode=memory", "100%41"])
+def test_a_directory_may_be_called_what_a_uri_may_not(tmp_path: Path, name: str):
+    async def work(tier: DiskTier) -> object:
+        tier.put(key(1), b"entry", "t")
+        await written(tier)
+        return await tier.get(key(1))
+
+    assert on_disk(tmp_path / name, 1 << 20, work) == b"entry"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_disk_gives_back_what_was_put_at_once_and_after_a_restart(tmp_path: Path):
     entries = {key(n): bytes([n]) * (n * 1000) for n in range(50)}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -42,6 +44,27 @@ def test_counts_add_up_and_survive_a_restart(tmp_path):
     assert rows["b", ""]["refused_tokens"] == 200
     assert [row["tenant"] for row in again.rows(by="tenant")] == ["a", "b"]
     assert {row["tenant"] for row in again.rows(tenant="b")} == {"b"}
+
+
+def test_nothing_is_lost_between_counting_and_writing():
+    """Counted on the event loop, while threads write."""
+    counted, over, before = Usage(), threading.Event(), sys.getswitchinterval()
+
+    def write() -> None:
+        while not over.is_set():
+            counted.write()
+
+    writing = threading.Thread(target=write)
+    sys.setswitchinterval(1e-6)
+    try:
+        writing.start()
+        for _ in range(50_000):
+            counted.cached(Caller("a"), 1)
+    finally:
+        sys.setswitchinterval(before)
+        over.set()
+        writing.join()
+    assert counted.rows(by="tenant")[0]["cached_tokens"] == 50_000
 
 
 def test_days_are_told_apart(monkeypatch):
