@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from benchmarks.sharing_figures import jain, share_error
 from teacher_api.errors import Overloaded, TeacherError
 from teacher_api.types import ScoreOptions, Scores
 from teacher_server.admission import Admission, Cost
@@ -171,11 +172,6 @@ async def _served(
     return after, teacher
 
 
-def jain(values: Sequence[float]) -> float:
-    """(Σx)² / (n Σx²), 1 where all are equal (R. Jain, D. Chiu, W. Hawe, DEC-TR-301, 1984)."""
-    return sum(values) ** 2 / (len(values) * sum(value * value for value in values))
-
-
 def fleet(num_clients: int, num_tenants: int, seconds: float) -> dict[str, float]:
     """Clients, an experiment each, spread over tenants of equal weights; against one experiment with as many calls at a
     time, at most 1,000."""
@@ -202,11 +198,10 @@ def weighted(num_clients: int, seconds: float) -> dict[str, float]:
     weights = {"one": 1.0, "two": 2.0, "four": 4.0}
     callers = [Caller(name, f"experiment-{n}") for n in range(num_clients // 3) for name in weights]
     got, _ = simulated(lambda: _served(callers, seconds, weights, warm_s=seconds / 4))
-    error = 0.0
-    for name, weight in weights.items():
-        share = sum(tokens for caller, tokens in got.items() if caller.tenant == name) / got.total()
-        error = max(error, abs(share * sum(weights.values()) / weight - 1))
-    return {"weighted_share_error": error}
+    per_tenant: Counter[str] = Counter()
+    for caller, tokens in got.items():
+        per_tenant[caller.tenant] += tokens
+    return {"weighted_share_error": share_error(per_tenant, weights)}
 
 
 def serial(num_clients: int, calls: int) -> dict[str, float]:

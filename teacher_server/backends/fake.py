@@ -141,7 +141,7 @@ class FakeBackend(ScoringBackend):
         if any(faults.death_token in job.token_ids for job in jobs):
             self._die()
             raise BackendFailed("injected: the engine died", retry_after_s=faults.restart_s)
-        return [await asyncio.to_thread(self._one, job) for job in jobs]
+        return await asyncio.to_thread(lambda: [self._one(job) for job in jobs])
 
     @property
     def restarts(self) -> int:
