@@ -24,7 +24,7 @@ from teacher_server.config import ServerConfig
 
 NUM_EXPERIMENTS, NUM_TENANTS = 64, 8
 WEIGHTS = {"one": 1.0, "two": 2.0, "four": 4.0}
-WEIGHTED_CALLERS = 8  # of each
+WEIGHTED_CALLERS = 21  # of each: some of them always wait
 GREEDY_IN_FLIGHT = (16, 64)
 SETTLE_S = 1.2  # a vLLM worker polls for a second after its last step
 SMALL_MODEL = {"vocabulary": 1000, "hidden": 64, "layers": 2}

@@ -34,6 +34,7 @@ class _Experiment:
     start: float = 0.0  # tokens
     tag: float = 0.0  # `start` as the call in service began
     served: int = 0  # tokens, while it had work
+    light: bool = False  # it, or its tenant, came back after less than its share: as callers do that wait for an answer
     waiting: list[tuple[int, int, Entry]] = field(
         default_factory=list
     )  # by the size of the call behind what came before
@@ -84,13 +85,17 @@ class FairQueue:
         """Flows in memory, those without work among them."""
         return len(self._tenants) + sum(len(tenant.experiments) for tenant in self._tenants.values())
 
-    def put(self, entry: Entry) -> None:
+    def put(self, entry: Entry) -> bool:
+        """Gives whether its caller uses less than its share: it had nothing waiting, and could have been served
+        this call and more since."""
         self._count += 1
+        light = False
         tenant = self._tenants.get(entry.caller.tenant)
         if tenant is None:
             tenant = self._tenants[entry.caller.tenant] = _Tenant(1.0, self._count)
         if tenant not in self._busy:
             tenant.weight = self._weight_of(entry.caller.tenant)
+            light = self._clock - tenant.start > entry.call_tokens / tenant.weight
             tenant.start = tenant.tag = max(tenant.start, self._clock)
             self._busy[tenant] = None
         rank = PRIORITIES.index(entry.caller.priority)
@@ -99,25 +104,30 @@ class FairQueue:
         if experiment is None:
             experiment = tenant.experiments[key] = _Experiment(rank, self._count)
         if not experiment.waiting:
+            experiment.light = light or tenant.clocks[rank] - experiment.start > entry.call_tokens
             experiment.start = experiment.tag = max(experiment.start, tenant.clocks[rank])
             tenant.busy[experiment] = None
         place = (experiment.served + entry.call_tokens, self._count, entry)
         insort(experiment.waiting, place, key=_order)
         self._places[entry] = (tenant, experiment, *_order(place))
         tenant.tokens += entry.tokens
+        return experiment.light
 
     def discard(self, entry: Entry) -> None:
         if entry in self._places:
             self._remove(entry)
 
     def take(self, policy: BatchPolicy) -> list[Entry]:
-        """At least one entry, from a queue that is not empty: the first in fair order, and its company."""
+        """At least one entry, from a queue that is not empty: the first in fair order, and its company. Callers that
+        use less than their share have only each other's, so that their batch is as short as what they ask for."""
         self._turn_tokens = max(self._turn_tokens, policy.max_tokens)
         near, further = self._window(policy)
         head = near.pop(0)
         tenant, experiment, *_ = self._places[head]
         self._clock = max(self._clock, tenant.start)
         tenant.clocks[experiment.rank] = max(tenant.clocks[experiment.rank], experiment.start)
+        if experiment.light:
+            near, further = [entry for entry in near if self._places[entry][1].light], []
         batch = company(head, near, policy)
         if sum(entry.job.num_tokens for entry in batch) < (1 - MAX_PADDING) * policy.max_tokens:
             batch = company(head, near, policy, further)
@@ -131,6 +141,7 @@ class FairQueue:
             goes_on = bool(experiment.waiting) and experiment.waiting[0][0] == size
             if not goes_on or experiment.start - experiment.tag >= self._turn_tokens:
                 experiment.tag, tenant.tag = experiment.start, tenant.start
+                experiment.light = False
         return batch
 
     def settle(self, entry: Entry, computed_tokens: int) -> None:

@@ -28,13 +28,17 @@ log = structlog.get_logger("teacher_server.scheduler")
 
 RATE_HALF_LIFE = 0.8  # weight of the past in the moving average of tokens per second
 RECENT_S = 5.0  # for which a caller that has no work now is expected back
+UNHURRIED = 10.0  # times as much work in the engine while all callers wait for their shares anyway
 LEAST_TOKENS = 256  # in the engine at a time, however slow it is
 
 
 class JobQueue(Protocol):
     """Decides who is next. Called from the event loop only."""
 
-    def put(self, entry: Entry) -> None: ...
+    def put(self, entry: Entry) -> bool:
+        """Gives whether its caller uses less than its share, and so waits only for what the engine holds."""
+        ...
+
     def discard(self, entry: Entry) -> None: ...
     def take(self, policy: BatchPolicy) -> list[Entry]: ...
     def settle(self, entry: Entry, computed_tokens: int) -> None: ...
@@ -53,7 +57,8 @@ class Scheduler:
     Args:
         queue: who is next; None: everybody by a fair share.
         ledger: is told what was done.
-        contended_s: how much work the engine holds, in seconds of its speed, while several callers want some.
+        contended_s: how much work the engine holds, in seconds of its speed, while one of several callers uses less
+            than its share; UNHURRIED times as much while none does.
         clock: seconds, of the event loop.
     """
 
@@ -78,6 +83,7 @@ class Scheduler:
         self._in_engine = 0  # tokens
         self._last: tuple[str, str, str] | None = None  # who came last,
         self._last_at = self._other_at = -math.inf  # when, and when somebody else did
+        self._light_at = -math.inf  # when somebody came who uses less than its share
         self._slots = asyncio.Semaphore(backend.policy.max_concurrent_batches)
         self._running = 0  # batches
         self._progress_at = clock()
@@ -100,7 +106,8 @@ class Scheduler:
             self._queue.discard(entry)
 
         entry.future.add_done_callback(done)
-        self._queue.put(entry)
+        if self._queue.put(entry):
+            self._light_at = self._clock()
         self._arrived.set()
         return entry.future
 
@@ -116,11 +123,13 @@ class Scheduler:
         self._last_at = self._clock()
 
     def _room(self) -> float:
-        """Tokens that the engine may be given now. Among several callers it holds little at a time, so that nobody
-        waits long for what another sent before."""
-        if self._clock() - self._other_at > RECENT_S or not self.tokens_per_s:
+        """Tokens that the engine may be given now. Among several callers it holds little at a time, so that nobody who
+        uses less than its share waits long for what another sent before."""
+        now = self._clock()
+        if now - self._other_at > RECENT_S or not self.tokens_per_s:
             return math.inf
-        return max(self._contended_s * self.tokens_per_s, LEAST_TOKENS) - self._in_engine
+        held_s = self._contended_s * (1.0 if now - self._light_at <= RECENT_S else UNHURRIED)
+        return max(held_s * self.tokens_per_s, LEAST_TOKENS) - self._in_engine
 
     async def run(self) -> None:
         """Feeds the backend until cancelled."""

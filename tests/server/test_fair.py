@@ -112,6 +112,24 @@ def test_who_comes_late_is_next_and_has_saved_nothing_up(loop):
     assert 99 <= first.count(late) <= 101
 
 
+def test_who_uses_less_than_its_share_goes_alone_and_who_had_its_turn_does_not(loop):
+    queue, wide = FairQueue(), BatchPolicy(1000, 64)
+    crowd = [Caller("many", f"experiment-{n}") for n in range(8)]
+    for caller in crowd:
+        put(queue, loop, caller, 100)
+    assert len(queue.take(wide)) == 8
+    for caller in crowd * 4:
+        put(queue, loop, caller, 100)
+    queue.take(wide)
+    queue.take(wide)
+    small = Entry(job(100), loop.create_future(), Caller("few"))
+    assert queue.put(small), "the others have had 2,000"
+    assert queue.take(wide) == [small], "though there is company of its length"
+    again = Entry(job(100), loop.create_future(), Caller("few"))
+    assert not queue.put(again), "it comes back before the others had as much"
+    assert len(queue.take(wide)) > 1
+
+
 def test_interactive_goes_before_its_own_tenants_bulk_and_before_nobody_elses(loop):
     queue = FairQueue()
     urgent, bulk, other = Caller("a", "eval", priority="interactive"), Caller("a", "train"), Caller("b")

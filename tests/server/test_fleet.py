@@ -3,9 +3,12 @@ engine stays busy, and what is remembered is bounded. `python -m benchmarks.shar
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from benchmarks import sharing_fleet
+from teacher_server.caller import Caller
 from tests.reliability import holds
 
 
@@ -42,6 +45,36 @@ def test_a_serial_caller_next_to_hundreds_waits_little_longer_than_alone(record_
     (ratio,) = sharing_fleet.serial(num_clients=300, calls=40).values()
     assert ratio <= 3.0
     holds(record_property, "S9", f"simulated serial caller next to 300: p95 {ratio:.2f} of its solo p95 (≤ 3)")
+
+
+def test_batches_are_short_for_a_caller_that_uses_less_than_its_share_and_whole_where_none_does(monkeypatch):
+    batches: list[int] = []
+    score = sharing_fleet.Engine.score
+
+    async def noted(engine, jobs):
+        batches.append(sum(job.num_tokens for job in jobs))
+        return await score(engine, jobs)
+
+    async def largest(serial: bool) -> int:
+        teacher = sharing_fleet.Teacher()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(teacher.scheduler.run())]
+            for n in range(64):
+                caller = Caller(f"tenant-{n % 8}", f"experiment-{n}")
+                tasks.append(group.create_task(teacher.client(caller, n, sharing_fleet.drawn)))
+            if serial:
+                tasks.append(group.create_task(teacher.client(Caller("serial"), -1, lambda _: [32])))
+            await asyncio.sleep(5.0)
+            batches.clear()
+            await asyncio.sleep(10.0)
+            for task in tasks:
+                task.cancel()
+        return max(batches)
+
+    monkeypatch.setattr(sharing_fleet.Engine, "score", noted)
+    short = sharing_fleet.CONTENDED_S * sharing_fleet.TOKENS_PER_S
+    assert sharing_fleet.simulated(lambda: largest(serial=True)) <= short
+    assert sharing_fleet.simulated(lambda: largest(serial=False)) > 1.5 * short
 
 
 def test_two_simulations_give_the_same_figures():
