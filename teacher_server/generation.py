@@ -1,7 +1,8 @@
 """Writing text, without a transport: admit -> wait for a place -> write -> check -> score what was written.
 
 Owns how much may be written at a time, so that scoring is never kept out: text holds at most a share of the queue, and
-at most `max_generations` completions are in the engine. Knows neither JSON nor strings.
+at most `max_generations` completions are in the engine, of several tenants by their weights (turns.py). Knows neither
+JSON nor strings.
 
 Invariants: what was admitted is given back when the answer has left or its caller has gone; a caller that goes stops
 its work in the engine; logprobs of a text are those that scoring it gives.
@@ -32,6 +33,7 @@ from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.generation import Generated, GenerationJob, Generator
 from teacher_server.caller import Caller
 from teacher_server.service import TeacherService
+from teacher_server.turns import Turns
 from teacher_server.validation import answer_bytes
 
 log = structlog.get_logger("teacher_server.generation")
@@ -53,9 +55,9 @@ class Writer:
     def __init__(self, service: TeacherService) -> None:
         config = service.config
         self._service = service
-        self._places = asyncio.Semaphore(config.max_generations)
+        self._turns = Turns(config.max_generations, service.tenants.weight_of)
         tokens, num_bytes = int(SHARE * config.queue_tokens), int(SHARE * config.queue_bytes)
-        self._admission = Admission(tokens, num_bytes, lambda: 0.0)
+        self._admission = Admission(tokens, num_bytes, lambda: 0.0, weight_of=service.tenants.weight_of)
 
     @contextlib.asynccontextmanager
     async def written(
@@ -115,8 +117,14 @@ class Writer:
         deadline: float,
         caller: Caller,
     ) -> Written:
-        async with self._places:
-            generated = _checked(job, await _generated(generator, job), info)
+        generated, turn = None, None
+        try:
+            async with self._turns.of(caller.tenant) as turn:
+                generated = _checked(job, await _generated(generator, job), info)
+        finally:
+            if turn is not None:
+                tokens = 0 if generated is None else len(job.prompt_ids) + len(generated.token_ids)
+                self._service.usage.written(caller, tokens, turn.seconds)
         self._service.counts.written_tokens += len(generated.token_ids)
         if options is None:
             return Written(generated, None)

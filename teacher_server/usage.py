@@ -94,6 +94,11 @@ class Usage:
             spent.computed_tokens, spent.cached_tokens = answer.computed_tokens, answer.cached_tokens
         self._add(caller, spent)
 
+    def written(self, caller: Caller, tokens: int, engine_s: float) -> None:
+        """A text has left the engine, for which `tokens` were computed, those of its prompt among them; 0: it did not
+        come to its end."""
+        self._add(caller, Spent(sequences=1, computed_tokens=tokens, engine_s=engine_s))
+
     def cached(self, caller: Caller, tokens: int) -> None:
         """`tokens` were answered without the engine."""
         self._add(caller, Spent(cached_tokens=tokens))
