@@ -12,13 +12,14 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from teacher_api import errors
 from teacher_api.endpoints import Endpoint, endpoints_of
 from teacher_api.errors import FingerprintMismatch, TeacherError, Unavailable
+from teacher_api.frames import error_in
 from teacher_api.placing import Placing, groups_of, num_tokens
 from teacher_api.replica import Replica
 from teacher_api.transport import Transport
@@ -32,6 +33,9 @@ LAST_ANSWERS_S = 2.0
 LOOK_UP_S = 30.0  # between two look-ups of a name's addresses
 REFUSED_PROBE_S = 30.0  # between two looks at a server with another teacher
 CORRUPT_PAUSE_S = 1.0  # for which a server whose answer was damaged is asked only where there is no other
+FAILED_PAUSE_S = 5.0  # the same of one whose engine failed: the server may answer all the while
+FAILED = (errors.BackendFailed, errors.InvalidBackendOutput)
+_FAILED_KINDS = frozenset(kind.kind for kind in FAILED)
 _LIMITS = (
     "max_sequence_tokens", "max_top_k", "max_candidates", "max_completions", "max_request_bytes", "max_response_bytes",
 )  # fmt: skip
@@ -80,7 +84,9 @@ class Replicas:
 
     async def score(self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str) -> pb.ScoreResponse:
         async with self._calling(request, timeout_s) as replica:
-            return await replica.transport.score(request, timeout_s=timeout_s, request_id=request_id)
+            response = await replica.transport.score(request, timeout_s=timeout_s, request_id=request_id)
+            self._note(replica, response.frames)
+            return response
 
     async def stream(
         self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str
@@ -89,6 +95,7 @@ class Replicas:
             frames = replica.transport.stream(request, timeout_s=timeout_s, request_id=request_id)
             async with aclosing(frames):  # type: ignore[type-var]
                 async for frame in frames:
+                    self._note(replica, (frame,))
                     yield frame
 
     async def head(
@@ -171,6 +178,8 @@ class Replicas:
             self._in_background(self._suspect(replica))
         elif isinstance(error, errors.CorruptResponse):
             replica.busy_until = now + CORRUPT_PAUSE_S
+        elif isinstance(error, FAILED):
+            replica.busy_until = now + max(FAILED_PAUSE_S, error.retry_after_s or 0.0)
         elif isinstance(error, FingerprintMismatch) and len(self._replicas) > 1:
             self._goes(replica, error, refused=True)
             if any(not other.down for other in self._replicas):
@@ -180,6 +189,15 @@ class Replicas:
         if error.retryable and any(other.is_free and other.busy_until <= now for other in self._replicas):
             error.retry_after_s = None
         return error
+
+    def _note(self, replica: Replica, frames: Iterable[pb.ScoreFrame]) -> None:
+        """An engine's failure is told in the place of each completion."""
+        if len(self._replicas) < 2:
+            return
+        found = [error for frame in frames if (error := error_in(frame)) is not None and error.kind in _FAILED_KINDS]
+        if found:
+            pause_s = max(FAILED_PAUSE_S, *(error.retry_after_s for error in found))
+            replica.busy_until = asyncio.get_running_loop().time() + pause_s
 
     def _goes(self, replica: Replica, error: TeacherError, *, refused: bool = False) -> None:
         if replica.down or replica.removed:

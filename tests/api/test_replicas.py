@@ -116,6 +116,21 @@ def test_c1_an_unknown_kind_is_not_retried_with_two_servers(serve: Any):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("streams", [False, True], ids=["unary", "stream"])
+def test_a_server_whose_engine_fails_is_not_asked_again_while_another_is_well(serve: Any, streams: bool):
+    """Its server still answers, with an error in the place of each completion."""
+
+    async def main() -> None:
+        failed = {f"r{n}": errors.BackendFailed("the engine died") for n in range(20)}
+        dead, well = FakeTeacher(*(Fault(of=failed) for _ in range(1000))), FakeTeacher()
+        async with behind_one_client(serve, dead, well) as client:
+            for request in requests(20):
+                check(request, await streamed(client, [request]) if streams else await client.score(request))
+        assert 1 <= len(dead.asked) <= 20
+
+    asyncio.run(main())
+
+
 def test_who_is_full_is_not_waited_for_while_another_is_not(serve: Any):
     async def main() -> None:
         full = [Fault(error=errors.Overloaded("full", retry_after_s=30)) for _ in range(50)]
