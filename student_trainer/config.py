@@ -312,7 +312,7 @@ class TrainConfig(Section):
 _OF_A_TEACHER = (
     "url", "tokenizer", "model", "name", "serve_args", "visible_devices", "api_key", "timeout_s", "attempt_timeout_s",
     "start_timeout_s", "max_concurrency", "request_sequences", "accept_new_teacher", "compression",
-    "prompt_template_file", "experiment",
+    "prompt_template_file", "experiment", "tls_cert", "tls_key", "tls_ca",
 )  # fmt: skip
 FREE_TO_CHANGE: dict[str, tuple[str, ...]] = {
     "student": ("device", "gradient_checkpointing"),

@@ -25,6 +25,7 @@ from teacher_api.errors import (
 )
 from teacher_api.info import UNVERIFIED, explain_difference, tokenizer_fingerprint
 from teacher_api.openai_info import OpenAIOptions, differences
+from teacher_api.tls import ClientTls
 from teacher_api.types import CallMetadata, Candidates, Completion, ScoreOptions, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import MAX_METADATA_CHARS
 
@@ -60,9 +61,11 @@ def connect(
 
     Raises:
         TeacherGone: nobody answered within teacher.start_timeout_s.
-        HandshakeError: teacher.tokenizer can't be read, or the server has another; or it has no teacher.compression.
+        HandshakeError: teacher.tokenizer can't be read, or the server has another; it has no teacher.compression; or a
+            file of teacher.tls_cert, tls_key or tls_ca is of no use.
     """
     key = config.api_key.get_secret_value() or None
+    tls = _tls_of(config, name)
     stock = _stock_options(config, tokenizer) if url.startswith("openai+") else None
     started = time.monotonic()
     try:
@@ -73,6 +76,7 @@ def connect(
             teacher=config.name,
             stock=stock,
             compression=config.compression,
+            tls=tls,
         ) as first:
             info = first.info()
     except TeacherError as error:
@@ -90,8 +94,16 @@ def connect(
         teacher=config.name,
         stock=stock,
         compression=config.compression,
+        tls=tls,
     )
     return client, info
+
+
+def _tls_of(config: TeacherConfig, name: str) -> ClientTls:
+    try:
+        return ClientTls(config.tls_cert, config.tls_key, config.tls_ca)
+    except ValueError as error:
+        raise HandshakeError(f"{f'teachers.{name}' if name else 'teacher'}.{error}") from error
 
 
 def _metadata(config: TeacherConfig, run_name: str) -> CallMetadata:

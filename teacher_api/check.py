@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from teacher_api import tls
 from teacher_api.asking import log_retries_plainly
 from teacher_api.client import TeacherClient
 from teacher_api.errors import DeadlineExceeded, TeacherError
@@ -109,11 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher", default="", metavar="NAME", help="an adapter the server offers; none: its base")
     parser.add_argument("--timeout-s", type=float, default=10.0, help="of each call, retries included (default 10)")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
+    tls.add_arguments(parser)
     args = parser.parse_args(argv)
     log_retries_plainly()
     key = args.api_key or os.environ.get("TEACHER_API_KEY") or None
     try:
-        with TeacherClient(args.url, api_key=key, timeout_s=args.timeout_s, teacher=args.teacher) as client:
+        files = tls.of_arguments(args)
+        with TeacherClient(args.url, api_key=key, timeout_s=args.timeout_s, teacher=args.teacher, tls=files) as client:
             facts = examine(client)
     except TeacherError as error:
         print(f"teacher-check: {args.url}: {error}", file=sys.stderr)

@@ -26,6 +26,7 @@ from teacher_api.head import Head
 from teacher_api.head_download import Receive, head_of
 from teacher_api.openai_info import OpenAIOptions
 from teacher_api.replicas import Replicas
+from teacher_api.tls import NO_TLS, ClientTls
 from teacher_api.transport import Transport
 from teacher_api.types import CallMetadata, ScoreRequest, Scores, TeacherInfo
 from teacher_api.wire import check_options
@@ -44,6 +45,7 @@ class ClientOptions(TypedDict, total=False):
     metadata: CallMetadata | None
     teacher: str
     compression: Compression
+    tls: ClientTls
 
 
 class AsyncTeacherClient:
@@ -63,6 +65,7 @@ class AsyncTeacherClient:
         stock: what a stock server does not say of itself; only with an openai+ URL.
         compression: of large requests and of answers; "zstd" needs the extra of that name, and a teacher with the
             feature. It saves few bytes of logprobs (benchmarks/README.md, "compression"), and never changes them.
+        tls: certificate and authorities of this client's own, with URLs that speak TLS.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class AsyncTeacherClient:
         teacher: str = "",
         stock: OpenAIOptions | None = None,
         compression: Compression = "none",
+        tls: ClientTls = NO_TLS,
     ) -> None:
         for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
             if not 0 < value < float("inf"):
@@ -97,7 +101,12 @@ class AsyncTeacherClient:
 
         def open_one(endpoint: Endpoint) -> Transport:
             return open_transport(
-                endpoint, api_key=api_key, max_connections=max_concurrency, stock=stock, compression=compression
+                endpoint,
+                api_key=api_key,
+                max_connections=max_concurrency,
+                stock=stock,
+                compression=compression,
+                tls=tls,
             )
 
         is_stock = urls[0].startswith("openai+")
@@ -327,6 +336,7 @@ class TeacherClient:
         teacher: str = "",
         stock: OpenAIOptions | None = None,
         compression: Compression = "none",
+        tls: ClientTls = NO_TLS,
     ) -> None:
         async def made() -> AsyncTeacherClient:
             return AsyncTeacherClient(
@@ -340,6 +350,7 @@ class TeacherClient:
                 teacher=teacher,
                 stock=stock,
                 compression=compression,
+                tls=tls,
             )
 
         self.url = ",".join(urls_of(url))

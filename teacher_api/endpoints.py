@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from teacher_api import openai_info
 from teacher_api.compression import Compression, check_available
 from teacher_api.openai_info import OpenAIOptions
+from teacher_api.tls import NO_TLS, ClientTls
 
 if TYPE_CHECKING:
     from teacher_api.transport import Transport
@@ -86,24 +87,26 @@ def open_transport(
     max_connections: int,
     stock: OpenAIOptions | None = None,
     compression: Compression = "none",
+    tls: ClientTls = NO_TLS,
 ) -> Transport:
     """The transport for `grpc://host:port`, `grpcs://…`, `http://…`, `https://…` or, for a stock `vllm serve`,
     `openai+http://host:port/v1` or `openai+https://…`. Must run in an event loop.
 
     Raises:
-        ValueError: the URL has another scheme or no host; options for a stock server and the URL of one of ours, or the
-            other way round; or `compression` is not installed.
+        ValueError: the URL has another scheme or no host, or is in the clear beside files for TLS; options for a stock
+            server and the URL of one of ours, or the other way round; or `compression` is not installed.
     """
     check_available(compression)
     endpoint = Endpoint(endpoint) if isinstance(endpoint, str) else endpoint
     url, split = endpoint.url, urlsplit(endpoint.url)
+    tls.check_url(url)
     if split.scheme in openai_info.SCHEMES:
         from teacher_api.transport_openai import OpenAITransport
 
         if compression != "none":
             raise ValueError(f"compression is {compression!r} with {url!r}; a stock server has none: expected 'none'")
         options = stock or OpenAIOptions()
-        return OpenAITransport(url, api_key=api_key, max_connections=max_connections, options=options)
+        return OpenAITransport(url, api_key=api_key, max_connections=max_connections, options=options, tls=tls)
     if stock is not None:
         raise ValueError(f"teacher URL {url!r} with options for a stock server; expected {openai_info.EXPECTED_URL}")
     if split.scheme not in SCHEMES or not split.hostname:
@@ -122,11 +125,17 @@ def open_transport(
             api_key=api_key,
             compression=compression,
             address=_joined(endpoint.address, split.port) if endpoint.address else "",
+            tls=tls,
         )
     from teacher_api.transport_http import HttpTransport
 
     return HttpTransport(
-        url, api_key=api_key, max_connections=max_connections, compression=compression, address=endpoint.address
+        url,
+        api_key=api_key,
+        max_connections=max_connections,
+        compression=compression,
+        address=endpoint.address,
+        tls=tls,
     )
 
 

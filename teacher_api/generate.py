@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from teacher_api import tls
 from teacher_api.asking import log_retries_plainly
 from teacher_api.errors import InvalidRequest, TeacherError, TooLarge
 from teacher_api.generated_file import Output, read_prompts
@@ -123,6 +124,7 @@ async def run(args: argparse.Namespace, key: str | None) -> int:
         timeout_s=args.timeout_s,
         attempt_timeout_s=min(args.attempt_timeout_s, args.timeout_s),
         max_concurrency=args.concurrency,
+        tls=tls.of_arguments(args),
     )
     async with client:
         info = await client.info()
@@ -160,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--timeout-s", type=float, default=3600.0, help="of a prompt, retries included (3600)")
     made.add_argument("--attempt-timeout-s", type=float, default=900.0, help="of one attempt (900)")
     made.add_argument("--api-key", help="better in the environment: TEACHER_API_KEY")
+    tls.add_arguments(made)
     return made
 
 

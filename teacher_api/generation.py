@@ -21,8 +21,9 @@ from teacher_api import errors
 from teacher_api.asking import Deadline, retrying
 from teacher_api.errors import CorruptResponse, DeadlineExceeded, InvalidRequest, TeacherError, Unavailable, Unsupported
 from teacher_api.info import from_proto
+from teacher_api.tls import NO_TLS, ClientTls
 from teacher_api.transport import MAX_MESSAGE_BYTES, REQUEST_ID, error_of_problem, seconds_of
-from teacher_api.transport_http import HttpTransport
+from teacher_api.transport_http import HttpTransport, context_of
 from teacher_api.types import TeacherInfo
 
 MAX_ERROR_BYTES = 64 << 10
@@ -73,6 +74,7 @@ class AsyncGenerationClient:
         timeout_s: of one prompt, retries included.
         attempt_timeout_s: after which one attempt is given up and the next one made.
         max_concurrency: connections at most.
+        tls: certificate and authorities of this client's own, with an https:// URL.
 
     Raises:
         ValueError: the URL has another scheme or no host, or a limit is not above 0.
@@ -86,6 +88,7 @@ class AsyncGenerationClient:
         timeout_s: float = 3600.0,
         attempt_timeout_s: float = 900.0,
         max_concurrency: int = 8,
+        tls: ClientTls = NO_TLS,
     ) -> None:
         split = urlsplit(url)
         if split.scheme not in ("http", "https") or not split.hostname:
@@ -93,14 +96,16 @@ class AsyncGenerationClient:
         for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a finite number above 0")
+        tls.check_url(url)
         self._url = url.rstrip("/")
         self._timeout_s, self._attempt_timeout_s = timeout_s, attempt_timeout_s
-        self._info = HttpTransport(url, api_key=api_key, max_connections=1)
+        self._info = HttpTransport(url, api_key=api_key, max_connections=1, tls=tls)
         headers = {"accept": "application/json", "user-agent": "preceptor-client"}
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
         limits = httpx.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency)
-        self._client = httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(None), limits=limits)
+        verify = context_of(tls)
+        self._client = httpx.AsyncClient(headers=headers, verify=verify, timeout=httpx.Timeout(None), limits=limits)
 
     async def __aenter__(self) -> AsyncGenerationClient:
         return self

@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from teacher_api import errors, tracing
 from teacher_api.compression import Compression, pack_request
 from teacher_api.errors import TeacherError, error_of_kind
+from teacher_api.tls import NO_TLS, ClientTls
 from teacher_api.transport import MAX_MESSAGE_BYTES, REQUEST_ID, parse
 from teacher_api.v1 import teacher_pb2 as pb
 
@@ -53,13 +54,13 @@ broke, mostly (github.com/grpc/grpc/issues/36066). Asked again, it shows what it
 class _Link:
     """One channel and its methods; retired, it is closed when its last call has ended."""
 
-    def __init__(self, target: str, secure: bool, address: str) -> None:
+    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None, address: str) -> None:
         options: tuple[tuple[str, int | str], ...] = _OPTIONS
         if address:  # the certificate is still held to the name
             name = target.rpartition(":")[0].strip("[]")
             options = (*_OPTIONS, ("grpc.default_authority", target), ("grpc.ssl_target_name_override", name))
-        if secure:
-            self.channel = grpc.aio.secure_channel(address or target, grpc.ssl_channel_credentials(), options=options)
+        if credentials is not None:
+            self.channel = grpc.aio.secure_channel(address or target, credentials, options=options)
         else:
             self.channel = grpc.aio.insecure_channel(address or target, options=options)
         self.info = self.channel.unary_unary(f"/{_SERVICE}/GetInfo")
@@ -86,12 +87,15 @@ class GrpcTransport:
         api_key: str | None,
         compression: Compression = "none",
         address: str = "",
+        tls: ClientTls = NO_TLS,
     ) -> None:
         self._compression = compression
         self._target = target
-        self._secure, self._address = secure, address
+        self._address = address
+        files = [tls.pem(name) for name in ("ca", "key", "cert")]
+        self._credentials = grpc.ssl_channel_credentials(*files) if secure else None
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        self._link = _Link(target, secure, address)
+        self._link = _Link(target, self._credentials, address)
         self._retired: set[_Link] = set()
 
     @asynccontextmanager
@@ -104,7 +108,7 @@ class GrpcTransport:
         except grpc.aio.AioRpcError as error:
             found = self._error(error)
             if isinstance(found, errors.DeadlineExceeded) and not found.request_id and link is self._link:
-                self._link = _Link(self._target, self._secure, self._address)
+                self._link = _Link(self._target, self._credentials, self._address)
                 self._retired.add(link)
             raise found from error
         finally:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import ssl
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -16,12 +17,18 @@ import httpx
 from teacher_api import tracing
 from teacher_api.compression import LEAST_BYTES, Compression, Reader, compress
 from teacher_api.errors import CorruptResponse, DeadlineExceeded, InvalidRequest, TeacherError, Unavailable
+from teacher_api.tls import NO_TLS, ClientTls
 from teacher_api.transport import MAX_MESSAGE_BYTES, PROTOBUF, REQUEST_ID, error_of_problem, parse
 from teacher_api.v1 import teacher_pb2 as pb
 
 MAX_PROBLEM_BYTES = 64 << 10
 DEADLINE = "grpc-timeout"
 """The header by which a teacher knows over HTTP, too, how long we wait."""
+
+
+def context_of(tls: ClientTls) -> ssl.SSLContext:
+    """For httpx. Authorities that `tls` names stand in for the system's."""
+    return tls.apply(ssl.create_default_context(cafile=tls.ca) if tls.ca else httpx.create_ssl_context())
 
 
 class HttpTransport:
@@ -36,6 +43,7 @@ class HttpTransport:
         max_connections: int,
         compression: Compression = "none",
         address: str = "",
+        tls: ClientTls = NO_TLS,
     ) -> None:
         self._compression = compression
         coding = "identity" if compression == "none" else compression
@@ -50,6 +58,7 @@ class HttpTransport:
             headers["host"], self._extensions = split.netloc, {"sni_hostname": split.hostname or ""}
         self._client = httpx.AsyncClient(
             headers=headers,
+            verify=context_of(tls),
             timeout=httpx.Timeout(None),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         )

@@ -33,8 +33,10 @@ from teacher_api.errors import (
 )
 from teacher_api.openai_info import OpenAIOptions
 from teacher_api.openai_rows import read_answer, scores_of, width_of_row
+from teacher_api.tls import NO_TLS, ClientTls
 from teacher_api.top_rows import TooFewIds
 from teacher_api.transport import MAX_MESSAGE_BYTES, REQUEST_ID, seconds_of
+from teacher_api.transport_http import context_of
 from teacher_api.types import Completion, IntArray, ScoreRequest, Scores, TeacherInfo
 from teacher_api.v1 import teacher_pb2 as pb
 
@@ -58,7 +60,9 @@ class _Limits:
 class OpenAITransport:
     """`url` is openai+http://host:port/v1 or openai+https://…; `?model=` and options.model mean the same."""
 
-    def __init__(self, url: str, *, api_key: str | None, max_connections: int, options: OpenAIOptions) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None, max_connections: int, options: OpenAIOptions, tls: ClientTls = NO_TLS
+    ) -> None:
         place = openai_info.place_of(url)
         if place.model and options.model not in ("", place.model):
             raise ValueError(f"teacher URL {url!r}: names model {place.model!r}; expected {options.model!r}")
@@ -73,6 +77,7 @@ class OpenAITransport:
             headers["authorization"] = f"Bearer {api_key}"
         self._client = httpx.AsyncClient(
             headers=headers,
+            verify=context_of(tls),
             timeout=httpx.Timeout(None),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode, urlsplit
+
+from teacher_api.tls import NO_TLS, ClientTls, add_arguments, of_arguments
 
 OK, WRONG, UNREACHABLE = 0, 1, 3
 BY = ("experiment", "tenant", "day")
@@ -27,7 +30,9 @@ COLUMNS = {
 MAX_BYTES = 256 << 20
 
 
-def fetch(url: str, *, by: str, since: str, key: str | None, timeout_s: float) -> list[dict[str, Any]]:
+def fetch(
+    url: str, *, by: str, since: str, key: str | None, timeout_s: float, tls: ClientTls = NO_TLS
+) -> list[dict[str, Any]]:
     """The rows.
 
     Raises:
@@ -37,11 +42,13 @@ def fetch(url: str, *, by: str, since: str, key: str | None, timeout_s: float) -
     split = urlsplit(url)
     if split.scheme not in ("http", "https") or not split.hostname:
         raise ValueError(f"{url!r}: expected http://host:port or https://…")
+    tls.check_url(url)
     headers = {"accept": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     asked = f"{url.rstrip('/')}/v1/usage?{urlencode({'by': by, 'since': since})}"
     request = urllib.request.Request(asked, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        context = tls.apply(ssl.create_default_context(cafile=tls.ca or None)) if tls else None
+        with urllib.request.urlopen(request, timeout=timeout_s, context=context) as answer:
             rows: list[dict[str, Any]] = json.loads(answer.read(MAX_BYTES))["rows"]
             return rows
     except urllib.error.HTTPError as error:
@@ -90,10 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--api-key", help="better in the environment: TEACHER_API_KEY; an admin's shows all tenants")
     parser.add_argument("--timeout-s", type=float, default=10.0, help="of the call (default 10)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    add_arguments(parser)
     args = parser.parse_args(argv)
     key = args.api_key or os.environ.get("TEACHER_API_KEY") or None
     try:
-        rows = fetch(args.url, by=args.by, since=args.since, key=key, timeout_s=args.timeout_s)
+        tls = of_arguments(args)
+        rows = fetch(args.url, by=args.by, since=args.since, key=key, timeout_s=args.timeout_s, tls=tls)
     except ValueError as error:
         print(f"teacher-usage: {error}", file=sys.stderr)
         return WRONG

@@ -24,6 +24,7 @@ from teacher_api import settings
 from teacher_api.client import TeacherClient
 from teacher_api.errors import TeacherError
 from teacher_api.settings import Section
+from teacher_api.tls import ClientTls
 from teacher_api.types import CallMetadata
 
 PROGRAM = "python -m student_trainer.report"
@@ -38,6 +39,12 @@ class ReportConfig(Section):
     """The run's teacher, such as grpc://127.0.0.1:8301."""
     api_key: SecretStr = SecretStr("")
     """Sent to the teacher as a bearer token."""
+    tls_cert: str = ""
+    """File of a certificate (PEM) for a teacher that asks for one."""
+    tls_key: str = ""
+    """File of its key."""
+    tls_ca: str = ""
+    """File of the teacher's authorities; empty: the system's."""
     before: str = ""
     """Model to compare with; empty: the one the run began with."""
     after: str = ""
@@ -89,9 +96,10 @@ def _write(config: ReportConfig) -> Path:
     longest = config.max_new_tokens or train.rollout.max_new_tokens
     checkpoints = [compare.load(model, longest) for model in models]
     prompts = load_prompts(data, checkpoints[0].student.tokenizer, limit=config.num_prompts).all()
+    tls = ClientTls(config.tls_cert, config.tls_key, config.tls_ca)
     metadata = CallMetadata(experiment="report", priority="interactive")
     with TeacherClient(
-        config.teacher_url, api_key=config.api_key.get_secret_value() or None, metadata=metadata
+        config.teacher_url, api_key=config.api_key.get_secret_value() or None, metadata=metadata, tls=tls
     ) as client:
         info = client.info()
         comparisons = compare.compare(checkpoints, prompts, train.eval.task, client)

@@ -12,6 +12,7 @@ from student_trainer.data.views import QUESTION
 from teacher_api import compression
 from teacher_api.endpoints import urls_of
 from teacher_api.settings import Section
+from teacher_api.tls import SECURE_SCHEMES
 
 ONLY = ""
 """Name of the teacher of a run that has one."""
@@ -64,6 +65,12 @@ class TeacherConfig(Section):
     the same, and little is saved: logprobs hardly compress."""
     api_key: SecretStr = SecretStr("")
     """Sent as a bearer token. Better in the environment (STUDENT_TEACHER__API_KEY) than in a file."""
+    tls_cert: str = ""
+    """File of the run's own certificate (PEM), for a server that asks for one (its --tls-client-ca)."""
+    tls_key: str = ""
+    """File of its key, without a password."""
+    tls_ca: str = ""
+    """File of the authorities of which the server's certificate must be; empty: those of the system and environment."""
     experiment: str = Field("", max_length=128)
     """Name under which a shared teacher counts this run, and divides its time: runs of one experiment have one part
     together. Empty: the run directory's, so that each run is an experiment."""
@@ -158,6 +165,23 @@ class TeacherConfig(Section):
                 f"name: got {self.name!r} with {self.url[0]}, expected none: a stock server's teachers are models, "
                 "named as ?model=NAME in the URL"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _files_for_a_connection_with_tls(self) -> TeacherConfig:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError(
+                f"tls_key: got {self.tls_key!r} with tls_cert {self.tls_cert!r}, expected both: a certificate and "
+                "its key"
+            )
+        clear = [url for url in self.url if not url.startswith(tuple(f"{s}://" for s in SECURE_SCHEMES))]
+        for name in ("tls_cert", "tls_ca"):
+            if getattr(self, name) and (clear or not self.url):
+                where = clear[0] if clear else "a teacher that the run starts itself"
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} with {where}, expected none: that is in the clear "
+                    "(grpcs:// and https:// are not)"
+                )
         return self
 
     @model_validator(mode="after")

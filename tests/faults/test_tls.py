@@ -3,6 +3,7 @@ connection, and the probes have a port of their own."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import ssl
@@ -21,7 +22,13 @@ from certificates import Authority, Pair
 from reliability import holds
 from serving import Server, call, request_of, serving
 
-from teacher_api import wire
+from student_trainer import scoring
+from student_trainer.teachers.config import TeacherConfig
+from teacher_api import check, usage, wire
+from teacher_api.client import TeacherClient
+from teacher_api.errors import TeacherError
+from teacher_api.generation import AsyncGenerationClient, Sampling
+from teacher_api.tls import ClientTls
 from teacher_api.v1 import teacher_pb2 as pb
 from teacher_server.app import StartError
 from teacher_server.config import ServerConfig
@@ -46,7 +53,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def mutual(files: Any) -> Iterator[Server]:
     tls = {"tls_cert": files.server.cert, "tls_key": files.server.key, "tls_client_ca": files.ours.file}
-    with serving(**tls, probe_port=0, header_s=HEADER_S) as running:
+    with serving(**tls, probe_port=0, header_s=HEADER_S, generate=True) as running:
         yield running
 
 
@@ -135,6 +142,95 @@ def test_our_client_trusts_the_authority_that_its_environment_names(files: Any, 
             environment = {**os.environ, **trusts, "PYTHONPATH": os.pathsep.join(sys.path)}
             made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
             assert made.returncode == status, made.stderr
+
+
+def client_url(server: Server, scheme: str) -> str:
+    return f"grpcs://{server.grpc_target}" if scheme == "grpcs" else server.http_url
+
+
+def own(files: Any, pair: Pair | None = None, authority: Authority | None = None) -> ClientTls:
+    pair = pair or files.client
+    return ClientTls(pair.cert, pair.key, (authority or files.ours).file)
+
+
+@pytest.mark.parametrize("scheme", ["https", "grpcs"])
+def test_our_client_brings_its_certificate_and_trusts_its_own_authority(mutual: Server, files: Any, scheme: str):
+    url = client_url(mutual, scheme)
+    with TeacherClient([url], tls=own(files)) as client:
+        assert client.score(request_of([1, 2, 3, 4]))[0].num_rows == 3
+    for wrong in (own(files, files.other), own(files, authority=files.theirs), ClientTls(ca=files.ours.file)):
+        before = len(mutual.backend.scored_ids)
+        with TeacherClient(url, tls=wrong, timeout_s=1.5) as client, pytest.raises(TeacherError) as raised:
+            client.score(request_of([1, 2, 3]))
+        assert raised.value.kind in ("unavailable", "deadline_exceeded")
+        assert len(mutual.backend.scored_ids) == before
+
+
+@pytest.mark.parametrize("scheme", ["https", "grpcs"])
+def test_the_programs_bring_a_certificate(mutual: Server, files: Any, scheme: str, capsys: Any):
+    url = client_url(mutual, scheme)
+    flags = ["--tls-cert", files.client.cert, "--tls-key", files.client.key, "--tls-ca", files.ours.file]
+    assert check.main([url, "--timeout-s=20", *flags]) == 0, capsys.readouterr().err
+    assert check.main([url, "--timeout-s=1.5", *flags[4:]]) == 3
+    if scheme == "https":
+        assert usage.main([url, *flags]) == 0, capsys.readouterr().err
+        assert usage.main([url, *flags[4:]]) == 3
+
+        async def ask() -> int:
+            async with AsyncGenerationClient(url, tls=own(files)) as client:
+                fingerprint = (await client.info()).fingerprint
+                answer = await client.generate([1, 2, 3], Sampling(max_tokens=2, ignore_eos=True), fingerprint)
+                return len(answer.completions[0].token_ids)
+
+        assert asyncio.run(ask()) == 2
+
+
+@pytest.mark.parametrize("scheme", ["https", "grpcs"])
+def test_a_run_brings_a_certificate(mutual: Server, files: Any, scheme: str):
+    url, pair = client_url(mutual, scheme), files.client
+    brings = {"url": url, "tls_cert": pair.cert, "tls_key": pair.key, "tls_ca": files.ours.file}
+    client, info = scoring.connect(TeacherConfig(**brings), url, run_name="r", tokenizer=None)
+    with client:
+        assert info.fingerprint == mutual.fingerprint
+        assert client.score(request_of([1, 2, 3]))[0].num_rows == 2
+    config = TeacherConfig(**{**brings, "tls_cert": "", "tls_key": "", "start_timeout_s": 1.5})
+    with pytest.raises(scoring.TeacherGone):
+        scoring.connect(config, url, run_name="r", tokenizer=None)
+    missing = TeacherConfig(**{**brings, "tls_ca": "/nowhere/ca.pem"})
+    with pytest.raises(scoring.HandshakeError, match=r"^teachers\.b\.tls_ca '/nowhere/ca.pem': No such file"):
+        scoring.connect(missing, url, run_name="r", tokenizer=None, name="b")
+
+
+def test_files_that_a_client_can_not_use_are_named(files: Any, tmp_path: Path, capsys: Any):
+    junk = tmp_path / "junk.pem"
+    junk.write_text("no certificate")
+    pair = files.client
+    wrong: list[tuple[dict[str, str], str]] = [
+        ({"cert": pair.cert}, "tls_cert without tls_key"),
+        ({"key": pair.key}, "tls_key without tls_cert"),
+        ({"cert": pair.cert, "key": files.other.key}, "tls_cert .* and tls_key .*: expected a PEM certificate and its"),
+        ({"cert": pair.cert, "key": "/nowhere/key"}, "tls_key '/nowhere/key': No such file"),
+        ({"cert": str(junk), "key": pair.key}, "tls_cert"),
+        ({"ca": str(junk)}, "tls_ca .*: expected PEM certificates"),
+        ({"ca": "/nowhere"}, "tls_ca '/nowhere': No such file"),
+        ({"ca": str(tmp_path)}, "tls_ca .*: Is a directory"),
+    ]
+    for given, cause in wrong:
+        with pytest.raises(ValueError, match=cause) as raised:
+            ClientTls(**given)
+        assert "\n" not in str(raised.value)
+        flags = [f"--tls-{name}={path}" for name, path in given.items()]
+        assert check.main(["grpcs://127.0.0.1:1", *flags]) == 2
+        assert "tls_" in capsys.readouterr().err
+    for url in ("grpc://127.0.0.1:1", "http://127.0.0.1:1", "openai+http://127.0.0.1:1/v1"):
+        with pytest.raises(ValueError, match=r"tls_cert with .* in the clear"):
+            TeacherClient(url, tls=own(files))
+        with pytest.raises(ValueError, match=r"tls_ca: got .* in the clear"):
+            TeacherConfig(url=(url,), tls_ca=files.ours.file)
+    with pytest.raises(ValueError, match=r"tls_ca: got .* the run starts itself"):
+        TeacherConfig(model="m", tls_ca=files.ours.file)
+    with pytest.raises(ValueError, match="tls_key: got '' with tls_cert"):
+        TeacherConfig(url=("grpcs://a:1",), tls_cert=pair.cert)
 
 
 def test_files_of_no_use_are_named_before_anything_is_loaded(files: Any, tmp_path: Path):
