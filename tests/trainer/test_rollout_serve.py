@@ -72,11 +72,9 @@ def test_plugins_of_others_stay_as_they_are(allowed: str | None, monkeypatch: py
     for name in (SERVER_PID, "VLLM_USE_V2_MODEL_RUNNER", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_NO_USAGE_STATS"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(serve, "entry_points", lambda group: [])
+    monkeypatch.setenv("VLLM_PLUGINS", allowed or "")  # also where it is unset: what is set is taken back at the end
     if allowed is None:
-        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    else:
-        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+        monkeypatch.delenv("VLLM_PLUGINS")
     serve.prepare_environment()
     names = serve.os.environ["VLLM_PLUGINS"].split(",")
     assert [n for n in names if n] == (["preceptor-rollout"] if allowed is None else ["mine", "preceptor-rollout"])
-    monkeypatch.setenv("VLLM_PLUGINS", serve.os.environ["VLLM_PLUGINS"])
