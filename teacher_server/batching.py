@@ -4,7 +4,7 @@ no tenants; who is first is the queue's choice (fair.py)."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from teacher_api.errors import TeacherError
@@ -29,6 +29,8 @@ class Entry:
     """To be computed for it, a prompt that it shares counted once per call; 0: all of its own."""
     call_tokens: int = 0
     """Of the whole call that it came with; 0: it came alone."""
+    begun: Callable[[], None] | None = None
+    """Told when it goes to the engine, before those that were taken with it and come after it."""
 
     def __post_init__(self) -> None:
         self.tokens = self.tokens or self.job.num_tokens

@@ -73,13 +73,14 @@ class Tally:
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """Work for one key, as `job`, and who waits for it. The `first` of them is who it is done for; `held` is what it
-    counts as where nothing was taken for it, or whoever had taken that has left."""
+    """Work for one key, and who waits for it. `works` is it as each of its callers has it in the queue, until the first
+    of them comes to the engine. `first` is who it counts for, or whose has begun; `held` is what it counts as where
+    nothing was taken for it, or whoever had taken that has left."""
 
-    job: ScoreJob
     tokens: int
     first: Lookup
-    work: asyncio.Future[Result]
+    works: dict[asyncio.Future[Result], Lookup] = field(default_factory=dict)
+    has_begun: bool = False
     waiting: dict[asyncio.Future[Result], tuple[Lookup, float]] = field(default_factory=dict)
     held: Cost | None = None
 
@@ -87,7 +88,8 @@ class _Flight:
 class ScoreCache:
     """
     Args:
-        submit: puts a job into the scheduler's queue, until its deadline.
+        submit: puts a job into the scheduler's queue, until its deadline; what else it is given is called when the
+            job goes to the engine.
         check: what is wrong with the engine's answer, in its place.
         fingerprint_of: by the teacher's name.
         spared: is told whose tokens were answered without the engine.
@@ -97,7 +99,7 @@ class ScoreCache:
         self,
         config: CacheConfig,
         *,
-        submit: Callable[[Lookup, float], asyncio.Future[Result]],
+        submit: Callable[[Lookup, float, Callable[[], None]], asyncio.Future[Result]],
         check: Callable[[ScoreJob, Result], Result],
         fingerprint_of: Callable[[str], str],
         admission: Admission,
@@ -248,14 +250,26 @@ class ScoreCache:
             return
         flight = self._flights.get(lookup.key)
         if flight is None:
-            flight = _Flight(lookup.job, lookup.tokens or lookup.job.num_tokens, lookup, self._submit(lookup, deadline))
-            flight.work.add_done_callback(lambda _: self._landed(flight))
+            flight = _Flight(lookup.tokens or lookup.job.num_tokens, lookup)
+            self._queue(flight, lookup, deadline)
             if not lookup.tokens:  # it was to come from elsewhere
                 self._hold(flight)
             if lookup.key:
                 self._flights[lookup.key] = flight
+        elif not flight.has_begun and all(_flow(lookup) != _flow(other) for other in flight.works.values()):
+            self._queue(flight, lookup, deadline)  # it is not to wait behind what another has before it
         flight.waiting[waiter] = (lookup, deadline)
         waiter.add_done_callback(lambda waiter: self._leave(flight, waiter))
+
+    def _queue(self, flight: _Flight, lookup: Lookup, deadline: float) -> None:
+        def begun() -> None:
+            flight.has_begun = True
+            for other in [other for other in flight.works if other is not work]:
+                other.cancel()
+
+        work = self._submit(lookup, deadline, begun)
+        flight.works[work] = lookup
+        work.add_done_callback(lambda work: self._landed(flight, work))
 
     def _hold(self, flight: _Flight) -> None:
         if flight.held is None:
@@ -265,31 +279,44 @@ class ScoreCache:
     def _leave(self, flight: _Flight, waiter: asyncio.Future[Result]) -> None:
         """The last one takes the work along; otherwise it is the next one's."""
         left = flight.waiting.pop(waiter, None)
-        if left is None or flight.work.done():
+        if left is None or any(_has_answer(work) for work in flight.works):
             return
         if not flight.waiting:
             self._end(flight)
-            flight.work.cancel()
-        elif left[0] is flight.first:
+            for work in flight.works:
+                work.cancel()
+            return
+        own = [work for work, lookup in flight.works.items() if lookup is left[0]]
+        if own and not flight.has_begun and len(flight.works) > 1:
+            del flight.works[own[0]]
+            own[0].cancel()
+        if left[0] is flight.first:
             flight.first = next(iter(flight.waiting.values()))[0]
             self._hold(flight)
 
-    def _landed(self, flight: _Flight) -> None:
+    def _landed(self, flight: _Flight, work: asyncio.Future[Result]) -> None:
         """Every caller gets the answer under its own name."""
-        if flight.work.cancelled():
-            self._end(flight)
+        whose = flight.works.pop(work, None)
+        if whose is None:  # given up for another's
             return
-        result = self._check(flight.job, flight.work.result())
+        if work.cancelled():
+            if not flight.works:
+                self._end(flight)
+            return
+        result = self._check(whose.job, work.result())
         now = asyncio.get_running_loop().time()
         late = isinstance(result, DeadlineExceeded)
+        if late and flight.works:
+            return
         patient = [(lookup, at) for lookup, at in flight.waiting.values() if late and at > now]
         if patient:  # it was the deadline of one who has left
-            flight.first, flight.job = patient[0][0], patient[0][0].job
+            flight.first, flight.has_begun = patient[0][0], False
             self._hold(flight)
-            flight.work = self._submit(flight.first, max(at for _, at in patient))
-            flight.work.add_done_callback(lambda _: self._landed(flight))
+            self._queue(flight, flight.first, max(at for _, at in patient))
             return
         self._end(flight)
+        if any(lookup is whose for lookup, _ in flight.waiting.values()):
+            flight.first = whose
         if isinstance(result, Scores) and flight.first.key:
             self._keep(flight.first, result)
         for waiter, (lookup, _) in list(flight.waiting.items()):
@@ -333,6 +360,15 @@ class ScoreCache:
 def _expire(waiter: asyncio.Future[Result]) -> None:
     if not waiter.done():
         waiter.set_result(DeadlineExceeded("the deadline passed before this sequence was scored"))
+
+
+def _has_answer(work: asyncio.Future[Result]) -> bool:
+    return work.done() and not work.cancelled() and not isinstance(work.result(), DeadlineExceeded)
+
+
+def _flow(lookup: Lookup) -> tuple[str, str, str]:
+    """Whose place in the queue it has."""
+    return lookup.caller.tenant, lookup.caller.experiment, lookup.caller.priority
 
 
 def _source_of(lookup: Lookup, flight: _Flight) -> Source:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import structlog
@@ -90,14 +90,21 @@ class Scheduler:
         self.tokens_per_s = 0.0
 
     def submit(
-        self, job: ScoreJob, deadline: float, caller: Caller = SERVER, *, tokens: int = 0, call_tokens: int = 0
+        self,
+        job: ScoreJob,
+        deadline: float,
+        caller: Caller = SERVER,
+        *,
+        tokens: int = 0,
+        call_tokens: int = 0,
+        begun: Callable[[], None] | None = None,
     ) -> asyncio.Future[Result]:
         """Queues `job`; its future gets the scores or a typed error, at the latest at `deadline` (event-loop time).
-        Cancelling the future takes the job out of the queue. `tokens` and `call_tokens` are as of Entry."""
+        Cancelling the future takes the job out of the queue. `tokens`, `call_tokens` and `begun` are as of Entry."""
         loop = asyncio.get_running_loop()
         if not len(self._queue) and not self._running:
             self._progress_at = self._clock()
-        entry = Entry(job, loop.create_future(), caller, self._forwards.queued(), tokens, call_tokens)
+        entry = Entry(job, loop.create_future(), caller, self._forwards.queued(), tokens, call_tokens, begun)
         self._saw(caller)
         timer = loop.call_at(deadline, _expire, entry)
 
@@ -138,7 +145,7 @@ class Scheduler:
                 await self._slots.acquire()
                 await self._until_there_is_work()
                 policy = within(self._backend.policy, max(self._room(), 1))
-                batch = [entry for entry in self._queue.take(policy) if not entry.future.done()]
+                batch = list(_begun(self._queue.take(policy)))
                 if batch:
                     self._running += 1
                     self._in_engine += sum(entry.tokens for entry in batch)
@@ -205,6 +212,16 @@ class Scheduler:
         for entry, answer in zip(batch, answers, strict=True):
             if not entry.future.done():
                 entry.future.set_result(answer)
+
+
+def _begun(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Those that are still wanted, one by one: the begin of one may end another."""
+    for entry in entries:
+        if entry.future.done():
+            continue
+        if entry.begun is not None:
+            entry.begun()
+        yield entry
 
 
 def _expire(entry: Entry) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -345,10 +345,12 @@ class TeacherService:
             done.append(await self.cache.start(lookup, deadline))
         return done[0]
 
-    def _submit(self, lookup: Lookup, deadline: float) -> asyncio.Future[Scores | TeacherError]:
+    def _submit(
+        self, lookup: Lookup, deadline: float, begun: Callable[[], None]
+    ) -> asyncio.Future[Scores | TeacherError]:
         assert self._scheduler is not None, "ready without a scheduler"
         tokens = {"tokens": lookup.tokens, "call_tokens": lookup.call_tokens}
-        return self._scheduler.submit(lookup.job, deadline, lookup.caller, **tokens)
+        return self._scheduler.submit(lookup.job, deadline, lookup.caller, begun=begun, **tokens)
 
     def _checked(self, job: ScoreJob, result: Scores | TeacherError) -> Scores | TeacherError:
         info = self.info_of(job.teacher)
