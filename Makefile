@@ -101,7 +101,7 @@ RELIABILITY_RUN = runs/reliability/$(if $(RELIABILITY_LONG),long,short).xml
 reliability: setup-test ## run the drills, and write what they saw into docs/reliability.md (RELIABILITY_LONG=1: at full size)
 	@mkdir -p runs/reliability
 	-$(TEST_ENV) $(BIN)/python -m pytest -m "$(if $(RELIABILITY_LONG),long or )not long" --junitxml $(RELIABILITY_RUN) \
-		$(PYTEST_ARGS) $$(grep -rlE '^from reliability import' tests --include='test_*.py' | grep -v test_reliability_table)
+		$(PYTEST_ARGS) $$(grep -rlE '^from (tests\.)?reliability import' tests --include='test_*.py' | grep -v test_reliability_table)
 	$(BIN)/python tests/reliability_table.py runs/reliability/*.xml
 
 quickstart: setup ## distil a small student from a small teacher, end to end, on this machine
