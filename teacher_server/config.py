@@ -186,7 +186,8 @@ class ServerConfig(Section):
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of Prometheus metrics, at /metrics; 0: a free one, printed when ready; none: there are no metrics."""
     metrics_host: str = "127.0.0.1"
-    """Address of the metrics port, which asks for no key: whoever reaches it sees model and load."""
+    """Address of the metrics port, which asks for no key: whoever reaches it sees model, load, and what each
+    tenant has done."""
     probe_port: int | None = Field(default=None, ge=0, le=65535)
     """A further port that answers the probes alone, without TLS and without a key, on `host`; 0: a free one. For probes
     that have no certificate where callers need one."""
