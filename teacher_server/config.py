@@ -209,9 +209,9 @@ class ServerConfig(Section):
     usage_file: str = ""
     """SQLite file that keeps what each tenant's experiments used, over restarts; empty: kept until the server ends."""
     contended_s: float = Field(default=0.05, gt=0, le=3600)
-    """While one of several callers uses less than its share: seconds of work that the engine is given at a time, so
-    that it does not wait longer for what others sent before. Ten times as much while all wait for their shares
-    anyway; alone, a caller gets whole batches."""
+    """While one of several callers uses less than its share, or they are few: seconds of work that the engine is given
+    at a time, so that none waits much longer for what others sent before. Up to ten times as much while there are many,
+    who all wait for their turns anyway; alone, a caller gets whole batches."""
     share_head: Literal["none", "all", "keys"] = "none"
     """Who may download the model's output head, which with hidden states gives the teacher's whole distribution:
     nobody, everybody who may call, or the callers with one of `head_keys`."""

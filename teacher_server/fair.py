@@ -81,6 +81,13 @@ class FairQueue:
         return sum(len(tenant.busy) for tenant in self._busy)
 
     @property
+    def turns(self) -> float:
+        """How many turns of others there are to each of the flow with the largest share, its own among them: one over
+        that share."""
+        whole = sum(tenant.weight for tenant in self._busy)
+        return min((whole / tenant.weight * len(tenant.busy) for tenant in self._busy), default=1.0)
+
+    @property
     def num_remembered(self) -> int:
         """Flows in memory, those without work among them."""
         return len(self._tenants) + sum(len(tenant.experiments) for tenant in self._tenants.values())

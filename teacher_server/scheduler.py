@@ -28,7 +28,9 @@ log = structlog.get_logger("teacher_server.scheduler")
 
 RATE_HALF_LIFE = 0.8  # weight of the past in the moving average of tokens per second
 RECENT_S = 5.0  # for which a caller that has no work now is expected back
-UNHURRIED = 10.0  # times as much work in the engine while all callers wait for their shares anyway
+TURNS_S = 1.0  # for which the number of those who share the engine is remembered
+HURRIED_TURNS = 4.0  # of others to each of its own, beside which a caller would notice a longer batch,
+MOST_HURRIED = 10.0  # and how many times longer batches may be beside many more
 LEAST_TOKENS = 256  # in the engine at a time, however slow it is
 
 
@@ -44,6 +46,11 @@ class JobQueue(Protocol):
     def settle(self, entry: Entry, computed_tokens: int) -> None: ...
     def __len__(self) -> int: ...
 
+    @property
+    def turns(self) -> float:
+        """One over the largest share that a caller who waits now has in the engine."""
+        ...
+
 
 class Ledger(Protocol):
     """Is told what was done, and for whom."""
@@ -58,7 +65,7 @@ class Scheduler:
         queue: who is next; None: everybody by a fair share.
         ledger: is told what was done.
         contended_s: how much work the engine holds, in seconds of its speed, while one of several callers uses less
-            than its share; UNHURRIED times as much while none does.
+            than its share, or they are few; up to MOST_HURRIED times as much while there are many.
         clock: seconds, of the event loop.
     """
 
@@ -84,6 +91,7 @@ class Scheduler:
         self._last: tuple[str, str, str] | None = None  # who came last,
         self._last_at = self._other_at = -math.inf  # when, and when somebody else did
         self._light_at = -math.inf  # when somebody came who uses less than its share
+        self._turns, self._turns_at = math.inf, -math.inf  # fewest of late, and when
         self._slots = asyncio.Semaphore(backend.policy.max_concurrent_batches)
         self._running = 0  # batches
         self._progress_at = clock()
@@ -130,12 +138,15 @@ class Scheduler:
         self._last_at = self._clock()
 
     def _room(self) -> float:
-        """Tokens that the engine may be given now. Among several callers it holds little at a time, so that nobody who
-        uses less than its share waits long for what another sent before."""
-        now = self._clock()
+        """Tokens that the engine may be given now. Among several callers it holds little at a time, so that who waits
+        for no more than a few turns does not wait much longer for what another sent before."""
+        now, turns = self._clock(), self._queue.turns
+        if turns <= self._turns or now - self._turns_at > TURNS_S:
+            self._turns, self._turns_at = turns, now
         if now - self._other_at > RECENT_S or not self.tokens_per_s:
             return math.inf
-        held_s = self._contended_s * (1.0 if now - self._light_at <= RECENT_S else UNHURRIED)
+        longer = min(max(self._turns / HURRIED_TURNS, 1.0), MOST_HURRIED)
+        held_s = self._contended_s * (1.0 if now - self._light_at <= RECENT_S else longer)
         return max(held_s * self.tokens_per_s, LEAST_TOKENS) - self._in_engine
 
     async def run(self) -> None:
