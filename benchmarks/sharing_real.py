@@ -92,7 +92,7 @@ def _got(callers: Child[Callers], sizes: Sizes, seconds: float) -> list[int]:
 def fleet(scratch: Path, sizes: Sizes) -> dict[str, float]:
     """64 experiments of 8 tenants next to one greedy client; then three tenants by their weights."""
     model = models.make(scratch / "small", **SMALL_MODEL)
-    tenants = {f"tenant-{n}": 1.0 for n in range(NUM_TENANTS)} | WEIGHTS
+    tenants = {f"tenant-{n}": 1.0 for n in range(NUM_TENANTS)} | {"greedy": 1.0} | WEIGHTS
     many = [Who(key_of(f"tenant-{n % NUM_TENANTS}"), f"experiment-{n}") for n in range(NUM_EXPERIMENTS)]
     weighted = [Who(key_of(name), f"experiment-{n}") for name in WEIGHTS for n in range(WEIGHTED_CALLERS)]
     with contextlib.ExitStack() as stack:
@@ -126,7 +126,7 @@ def fleet(scratch: Path, sizes: Sizes) -> dict[str, float]:
 
 def _greediest(started: Callable[[list[Who]], Child[Callers]], sizes: Sizes) -> Child[Callers]:
     """One client, with as many calls in flight as a trial finds best."""
-    tried = {n: started([Who(key_of("tenant-0"), "greedy", n)]) for n in GREEDY_IN_FLIGHT}
+    tried = {n: started([Who(key_of("greedy"), "greedy", n)]) for n in GREEDY_IN_FLIGHT}
     tokens = {n: sum(_got(child, sizes, sizes.trial_s)) for n, child in tried.items()}
     return tried[max(tried, key=lambda n: tokens[n])]
 
