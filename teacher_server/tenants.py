@@ -92,6 +92,8 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ValueError(f"{path}: not valid YAML{f' at line {mark.line + 1}' if mark else ''}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise ValueError(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None

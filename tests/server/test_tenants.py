@@ -160,6 +160,13 @@ def damaged(tmp_path: Path) -> None:
     assert now.names == ("ops",)
 
 
+def test_a_file_that_is_nested_without_end_is_refused_in_a_line(tmp_path):
+    path = tmp_path / "tenants.yaml"
+    path.write_text("[" * 20_000)
+    with pytest.raises(ValueError, match=r"tenants\.yaml: nested too deeply"):
+        read_tenants(path)
+
+
 def test_a_file_that_loses_its_last_key_opens_nothing(tmp_path):
     path = tmp_path / "tenants.yaml"
     write(path, tenants())
