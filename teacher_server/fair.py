@@ -34,6 +34,7 @@ class _Experiment:
     start: float = 0.0  # tokens
     tag: float = 0.0  # `start` as the call in service began
     served: int = 0  # tokens, while it had work
+    taken: int = 0  # sequences of the call in service, in this turn
     light: bool = False  # it, or its tenant, came back after less than its share: as callers do that wait for an answer
     waiting: list[tuple[int, int, Entry]] = field(
         default_factory=list
@@ -66,7 +67,8 @@ class FairQueue:
         self._places: dict[Entry, tuple[_Tenant, _Experiment, int, int]] = {}
         self._clock = 0.0
         self._count = 0
-        self._turn_tokens = 0  # most of a call before others have their turn: a batch
+        self._turn_tokens = 0  # most of a call before others have their turn: a batch,
+        self._turn_sequences = 1  # or, where those are fewer, the sequences that the engine holds
 
     def __len__(self) -> int:
         return len(self._places)
@@ -113,6 +115,7 @@ class FairQueue:
         if not experiment.waiting:
             experiment.light = light or tenant.clocks[rank] - experiment.start > entry.call_tokens
             experiment.start = experiment.tag = max(experiment.start, tenant.clocks[rank])
+            experiment.taken = 0
             tenant.busy[experiment] = None
         place = (experiment.served + entry.call_tokens, self._count, entry)
         insort(experiment.waiting, place, key=_order)
@@ -128,6 +131,7 @@ class FairQueue:
         """At least one entry, from a queue that is not empty: the first in fair order, and its company. Callers that
         use less than their share have only each other's, so that their batch is as short as what they ask for."""
         self._turn_tokens = max(self._turn_tokens, policy.max_tokens)
+        self._turn_sequences = policy.max_sequences * policy.max_concurrent_batches
         near, further = self._window(policy)
         head = near.pop(0)
         tenant, experiment, *_ = self._places[head]
@@ -143,11 +147,13 @@ class FairQueue:
             tenant, experiment, size, _ = self._places[entry]
             self._charge(tenant, experiment, entry.tokens)
             self._remove(entry)
+            experiment.taken += 1
             served[experiment] = (tenant, size)
         for experiment, (tenant, size) in served.items():
             goes_on = bool(experiment.waiting) and experiment.waiting[0][0] == size
-            if not goes_on or experiment.start - experiment.tag >= self._turn_tokens:
-                experiment.tag, tenant.tag = experiment.start, tenant.start
+            is_long = experiment.start - experiment.tag >= self._turn_tokens
+            if not goes_on or is_long or experiment.taken >= self._turn_sequences:
+                experiment.tag, tenant.tag, experiment.taken = experiment.start, tenant.start, 0
                 experiment.light = False
         return batch
 
@@ -235,11 +241,12 @@ class FairQueue:
     def _turns(self, experiment: _Experiment) -> Iterator[list[Entry]]:
         """What `experiment` has waiting, in the pieces in which it is served: those of one call, at most a batch."""
         turn: list[Entry] = []
-        tokens, current = experiment.start - experiment.tag, -1
+        tokens, current, taken = experiment.start - experiment.tag, -1, experiment.taken
         for size, _, entry in experiment.waiting:
-            if turn and (size != current or tokens + entry.tokens > self._turn_tokens):
+            is_full = tokens + entry.tokens > self._turn_tokens or taken + len(turn) >= self._turn_sequences
+            if turn and (size != current or is_full):
                 yield turn
-                turn, tokens = [], 0.0
+                turn, tokens, taken = [], 0.0, 0
             turn.append(entry)
             tokens, current = tokens + entry.tokens, size
         if turn:

@@ -72,6 +72,23 @@ def test_tenants_are_served_by_weight_whatever_the_sizes_of_their_sequences(loop
         assert abs(got[caller] - share) <= 500 * (len(weights) + 1) * max(weight, 1)
 
 
+@pytest.mark.parametrize(("concurrent", "most"), [(1, 1), (3, 3), (1000, 8192 // 48 + 1)])
+def test_a_turn_is_no_longer_than_what_the_engine_holds(loop, concurrent, most):
+    """Of a huge call, beside small ones that wait: as many sequences, or as many tokens, as are in the engine."""
+    queue, policy = FairQueue(), BatchPolicy(8192, 1, concurrent)
+    huge, small = Caller("huge"), Caller("small")
+    for _ in range(500):
+        put(queue, loop, huge, 48, 500 * 48)
+    queue.take(policy)  # in service
+    for _ in range(180):
+        put(queue, loop, small, 48, 48)
+    order = [queue.take(policy)[0].caller for _ in range(300)]
+    assert order.index(small) == most - 1, "after the turn that had begun"
+    ahead = np.cumsum([1 if caller is huge else -1 for caller in order])
+    assert ahead.max() <= most
+    assert ahead.min() >= -most
+
+
 def test_batches_of_many_keep_to_the_weights_too(loop):
     tenants = [Caller(name) for name in "abc"]
     queue = FairQueue({"a": 1.0, "b": 2.0, "c": 4.0}.__getitem__)
