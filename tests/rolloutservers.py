@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import tinymodels
 import training
+from ports import free_port
 
 SHAPE = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
 """What vLLM's kernels for CPUs can do."""
@@ -30,7 +31,7 @@ class RolloutServer:
     def __init__(self, folder: Path, model: Path | str, *options: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "rollout.log"
-        self.port = training.free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [
             sys.executable, "-m", "student_trainer.rollout.vllm_side.serve", str(model), "--host=127.0.0.1",

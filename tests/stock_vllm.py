@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import uvicorn
+from ports import free_port
 
 Model = Callable[[list[int]], np.ndarray]
 """Token ids [T] -> float64 [T, W]; row t is log p(· | tokens before t)."""
@@ -161,7 +162,7 @@ class FakeVllm:
 
 
 @asynccontextmanager
-async def serve_vllm(vllm: FakeVllm, port: int = 0) -> AsyncIterator[str]:
+async def serve_vllm(vllm: FakeVllm, port: int | None = None) -> AsyncIterator[str]:
     """The base URL that a user would give, such as http://127.0.0.1:8000/v1."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -190,7 +191,7 @@ async def serve_vllm(vllm: FakeVllm, port: int = 0) -> AsyncIterator[str]:
 
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", port))
+    sock.bind(("127.0.0.1", port or free_port()))
     config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1, ws="none")
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]

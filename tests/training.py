@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -48,12 +48,14 @@ def wait_until(condition: Callable[[], Any], *, timeout_s: float = START_S, what
 
 
 class TeacherProcess:
-    """`teacher-serve` on ports that stay the same over restarts."""
+    """`teacher-serve` on ports that stay the same over restarts. It keeps no answers unless told to: what is compared
+    is scored twice."""
 
     def __init__(self, folder: Path, model: Path | str, *options: str) -> None:
         self._announced, self.log = folder / "ready.json", folder / "teacher.log"
-        self._settings = [f"--model={model}", f"--announce-file={self._announced}", "--lame-duck-s=0", *options]
-        self._ports = ["--http-port=0", "--grpc-port=0"]
+        kept = [] if any(option.startswith("--cache") for option in options) else ["--cache.enabled=false"]
+        self._settings = [f"--model={model}", f"--announce-file={self._announced}", "--lame-duck-s=0", *kept, *options]
+        self._ports = [f"--http-port={free_port()}", f"--grpc-port={free_port()}"]
         self.process: ForkServerProcess | None = None
         self.url = self.http_url = ""
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,14 +70,13 @@ class TeacherProcess:
         self.process = _forked(_serve, [*self._settings, *self._ports], self.log)
 
     def wait(self) -> TeacherProcess:
-        """Until it is ready; it keeps its ports from then on."""
+        """Until it is ready."""
         process = self.process
         assert process is not None, "begin() comes first"
         wait_until(lambda: self._announced.exists() or process.exitcode is not None, what="the teacher's start")
         assert process.exitcode is None, self.log.read_text()
         ready = json.loads(self._announced.read_text())
         self.url, self.http_url = ready["grpc_url"], ready["http_url"]
-        self._ports = [f"--http-port={_port(self.http_url)}", f"--grpc-port={_port(self.url)}"]
         return self
 
     def kill(self) -> None:
@@ -88,13 +89,6 @@ class TeacherProcess:
             self.process.terminate()
             self.process.join(20)
             self.process.kill()
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _port(url: str) -> str:

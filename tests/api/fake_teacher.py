@@ -16,6 +16,7 @@ import numpy as np
 import uvicorn
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
+from ports import free_port
 
 from teacher_api import info as info_api
 from teacher_api import wire
@@ -216,7 +217,7 @@ def status_of(error: TeacherError) -> bytes:
 
 
 @asynccontextmanager
-async def serve_grpc(teacher: FakeTeacher, port: int = 0, host: str = "127.0.0.1"):
+async def serve_grpc(teacher: FakeTeacher, port: int | None = None, host: str = "127.0.0.1"):
     def seen(context):
         metadata = dict(context.invocation_metadata())
         teacher.keys.append(metadata.get("authorization", ""))
@@ -260,7 +261,7 @@ async def serve_grpc(teacher: FakeTeacher, port: int = 0, host: str = "127.0.0.1
         "ScoreStream": grpc.stream_stream_rpc_method_handler(stream),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("teacher.v1.TeacherService", methods),))
-    bound = server.add_insecure_port(f"{host}:{port}")
+    bound = server.add_insecure_port(f"{host}:{port or free_port(host)}")
     await server.start()
     try:
         yield f"grpc://{host}:{bound}"
@@ -269,7 +270,7 @@ async def serve_grpc(teacher: FakeTeacher, port: int = 0, host: str = "127.0.0.1
 
 
 @asynccontextmanager
-async def serve_http(teacher: FakeTeacher, port: int = 0, host: str = "127.0.0.1"):
+async def serve_http(teacher: FakeTeacher, port: int | None = None, host: str = "127.0.0.1"):
     async def app(scope, receive, send):
         if scope["type"] != "http":
             return
@@ -323,7 +324,7 @@ async def serve_http(teacher: FakeTeacher, port: int = 0, host: str = "127.0.0.1
 
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((host, port))
+    sock.bind((host, port or free_port(host)))
     config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1, ws="none")
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None

@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Server, ask_grpc, ask_http, post, request_of, serving
-from training import free_port, wait_until
+from training import wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "teacher.json").read_text())

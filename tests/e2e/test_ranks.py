@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ports import free_port
 from tinymodels import save_tiny
 from training import (
     DEEPSPEED,
@@ -24,7 +25,6 @@ from training import (
     arguments,
     assert_same_bits,
     finish,
-    free_port,
     metrics,
     ranks,
     teacher,

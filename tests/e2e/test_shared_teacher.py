@@ -156,9 +156,9 @@ def test_three_runs_beside_one_that_misbehaves_end_as_alone(place, served, tmp_p
     assert {200, 400, 429} <= set(flood.statuses), "it asked rightly, wrongly, and for more than its part"
     for name in RUNS:
         assert any({BAD, name} <= waiting for waiting, _ in watched.taken), "they wanted something at the same time"
-    longest = max(entry.tokens for _, batch in watched.taken for entry in batch)
+    longest = max(entry.call_tokens for _, batch in watched.taken for entry in batch)
     ahead = {name: watched.most_ahead(BAD, name) for name in RUNS}
-    assert max(ahead.values()) <= 2 * longest, "start-time fair queueing: a sequence of each"
+    assert max(ahead.values()) <= 2 * longest, "start-time fair queueing: a turn of each, which is a call at most"
     rows = served.http.get(
         f"{served.http_url}/v1/usage", params={"by": "tenant"}, headers={"authorization": f"Bearer {KEYS['kl']}"}
     ).json()["rows"]

@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from ports import free_port
 from reliability import holds
 from serving import serving
 
@@ -78,11 +79,6 @@ def processes() -> Iterator[list[Process]]:
         if process.child.poll() is None:
             process.child.kill()
         process.child.communicate()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def body(name: str = "x", token: int = 1) -> bytes:

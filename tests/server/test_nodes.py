@@ -18,8 +18,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 from pydantic import ValidationError
-from training import free_port, wait_until
+from training import wait_until
 from transformers import AutoModelForCausalLM
 
 from teacher_api.client import TeacherClient

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from ports import free_port
 from tinymodels import save_tiny, tiny_model, tiny_tokenizer
-from training import FORKS, free_port
+from training import FORKS
 from transformers import AutoModelForCausalLM
 
 from student_trainer import eval_cli

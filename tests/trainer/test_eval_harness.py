@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from ports import free_port
 from tinymodels import save_tiny
-from training import FORKS, free_port
+from training import FORKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import eval_cli

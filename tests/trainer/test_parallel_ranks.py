@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from onestep import ALONE, CPU, bare_run, relative, scored_samples
+from ports import free_port
 from safetensors.torch import load_file, save_file
 from tinymodels import save_tiny
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
-from training import DEEPSPEED, FORKS, free_port
+from training import DEEPSPEED, FORKS
 
 from student_trainer.config import TrainConfig
 from student_trainer.distributed import Distributed, join

@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from onestep import CPU, V, bare_run, gradients, relative, scored_samples
+from ports import free_port
 from tinymodels import ARCHITECTURES, save_tiny
-from training import FORKS, free_port
+from training import FORKS
 
 from student_trainer import guards
 from student_trainer.config import StudentConfig
