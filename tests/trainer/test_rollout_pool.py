@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -366,3 +367,43 @@ def test_a_batch_that_is_given_up_leaves_nothing_running(settings: Any) -> None:
         time.sleep(0.01)
     fake.pause_s = 0.0
     assert sorted(setting.sample(jobs(3, first=10))) == [0, 1, 2]
+
+
+def handed_over(fake: FakeServer, times: int) -> None:
+    deadline = time.monotonic() + 5
+    while fake.taken < times:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_server_that_got_other_bytes_is_not_used_later_either(settings: Any) -> None:
+    """It says that it has the weights."""
+    good, bad = FakeServer(URLS[0]), FakeServer(URLS[1], wrong_bytes=True)
+    setting = settings(good, bad)
+    setting.pool.greet(5)
+    setting.pool.use(Weights("run", 0), snapshot())
+    handed_over(bad, 3)
+    assert setting.pool.num_usable == 1
+    setting.sample(jobs(6))
+    assert not bad.sampled
+
+
+def test_a_server_that_failed_after_it_had_the_weights_is_checked_before_it_samples(settings: Any) -> None:
+    good, bad = FakeServer(URLS[0]), FakeServer(URLS[1], gap=0.5)
+    answer, asked = bad.answer, Counter[str]()
+
+    async def lost_once(path: str, body: dict[str, Any], key: str) -> Any:
+        asked[path] += 1
+        if path.endswith("/logprobs") and asked[path] == 1:
+            raise httpx.ReadError("connection reset by peer")
+        return await answer(path, body, key)
+
+    bad.answer = lost_once  # type: ignore[method-assign]
+    setting = settings(good, bad)
+    setting.pool.greet(5)
+    setting.pool.use(Weights("run", 0), snapshot())
+    handed_over(bad, 2)
+    with pytest.raises(RolloutError, match=r"http://b:2 is 0.5 off"):
+        for _ in range(1000):
+            setting.sample(jobs(6))
+    assert not bad.sampled

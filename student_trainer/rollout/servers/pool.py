@@ -78,6 +78,7 @@ class _Server:
     owed_tokens: int = 0
     link: Link | None = None
     linked_to: str = ""  # instance
+    checked: tuple[str, Weights] | None = None  # instance, and weights that it was found to compute with
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -308,10 +309,12 @@ class Pool:
         weights, snapshot = self._weights, self._snapshot
         if weights is None:
             return
-        if info.weights != weights:
-            if snapshot is None or self._make_link is None:
+        if snapshot is None or self._make_link is None:
+            if info.weights != weights:
                 server.cause = "has other weights"  # rank 0 is about to hand over the current ones
                 return
+        elif info.weights != weights or server.checked != (info.instance, weights):
+            # What a server says it has counts once it was checked: a hand-over may have failed after it had them.
             await self._hand_over(server, info, weights, snapshot)
         if weights == self._weights:
             await self._now_usable(server)
@@ -332,6 +335,7 @@ class Pool:
         theirs = await remote.logprobs(weights, snapshot.text, limit)
         self.gap = max(self.gap, snapshot.compare(snapshot.logprobs, theirs, remote.url))
         self.handed_over += 1
+        server.checked = (info.instance, weights)
 
     def _future(self, call: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(call, self._loop)
