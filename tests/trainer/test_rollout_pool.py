@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections import Counter
@@ -407,3 +408,47 @@ def test_a_server_that_failed_after_it_had_the_weights_is_checked_before_it_samp
         for _ in range(1000):
             setting.sample(jobs(6))
     assert not bad.sampled
+
+
+def test_a_transport_that_fails_by_a_runtime_error_is_tried_again(settings: Any) -> None:
+    """As torch's stores and NCCL fail."""
+    (fake,) = servers(1)
+    setting = settings(fake, timeout_s=5.0)
+    faults = ["the server socket has failed to listen"]
+
+    class Failing(FakeLink):
+        def open(self, connect: Any) -> None:
+            if faults:
+                raise RuntimeError(faults.pop())
+
+    setting.pool._make_link = Failing
+    assert setting.pool.use(Weights("run", 0), snapshot()) == [fake.url]
+
+
+def test_a_transport_that_goes_on_failing_is_the_cause_that_is_told(settings: Any) -> None:
+    class Failing(FakeLink):
+        def open(self, connect: Any) -> None:
+            raise RuntimeError("the server socket has failed to listen")
+
+    setting = settings(*servers(1), timeout_s=0.5)
+    setting.pool._make_link = Failing
+    with pytest.raises(RolloutGone, match="http://a:1: the server socket has failed to listen"):
+        setting.pool.use(Weights("run", 0), snapshot())
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        (lambda: {"protocol": 1}, "http://a:1 does not say its 'session' at /info"),
+        (lambda: "an index page", "http://a:1 answers '\"an index page\"' to /info, expected a rollout server's JSON"),
+    ],
+)
+def test_what_is_no_rollout_server_is_refused_with_its_address(settings: Any, says: Any, told: str) -> None:
+    (fake,) = servers(1)
+
+    async def answer(path: str, body: dict[str, Any], key: str) -> httpx.Response:
+        return httpx.Response(200, json=says())
+
+    fake.answer = answer  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=re.escape(told)):
+        settings(fake).pool.greet(2)

@@ -263,6 +263,10 @@ class Pool:
         async with self._change:
             self._change.notify_all()
 
+    async def _ends(self, error: Exception) -> None:
+        self._fatal = error
+        await self._notify()
+
     async def _now_usable(self, server: _Server) -> None:
         server.usable, server.failures, server.cause = True, 0, ""
         await self._notify()
@@ -291,8 +295,13 @@ class Pool:
                 server.link = None
                 await self._failed(server, error)
             except (ValueError, RolloutError) as error:
-                self._fatal = error
-                await self._notify()
+                await self._ends(error)
+                return
+            except RuntimeError as error:  # of torch's and vLLM's transports, which have no types of their own
+                server.link = None
+                await self._failed(server, error)
+            except Exception as error:  # a bug: whoever waits for this server must hear of it
+                await self._ends(error)
                 return
             if not server.usable:
                 pause = PAUSES_S[min(server.failures, len(PAUSES_S)) - 1] if server.failures else PAUSES_S[0]

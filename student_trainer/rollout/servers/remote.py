@@ -61,11 +61,18 @@ class Remote:
         )
 
     async def info(self) -> Info:
-        answer = (await self._call("GET", "/info", None, PROBE_TIMEOUT_S)).json()
+        found = await self._call("GET", "/info", None, PROBE_TIMEOUT_S)
+        try:
+            answer = dict(found.json())
+        except (TypeError, ValueError) as error:
+            raise Refused(f"{self.url} answers {found.text!r:.80} to /info, expected a rollout server's JSON") from error
         if answer.get("protocol") != PROTOCOL:
             raise Refused(f"{self.url} speaks protocol {answer.get('protocol')}, expected {PROTOCOL}: not this version")
-        weights = Weights(answer.pop("session"), answer.pop("version"))
-        return Info(weights=weights, **{name: answer[name] for name in Info.__slots__ if name != "weights"})
+        try:
+            weights = Weights(answer["session"], answer["version"])
+            return Info(weights=weights, **{name: answer[name] for name in Info.__slots__ if name != "weights"})
+        except KeyError as error:
+            raise Refused(f"{self.url} does not say its {error} at /info: not this version") from error
 
     async def connect(self, parameters: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Has its workers join a sender."""
