@@ -43,7 +43,8 @@ class ServerConfig(Section):
     """Sent as a bearer token, as the servers' --api-key has it. Better in the environment
     (STUDENT_ROLLOUT__SERVER__API_KEY) than in a file."""
     timeout_s: float = Field(600.0, gt=0, le=86_400)
-    """How long all servers may be away at a time: after that the run stops at its checkpoint, with exit code 75."""
+    """How long all servers may be away at a time, or fail at every completion: after that the run stops at its
+    checkpoint, with exit code 75."""
     attempt_timeout_s: float = Field(300.0, gt=0, le=86_400)
     """Longest wait for one completion, or for one hand-over of weights, before it is given up and the server taken for
     hung; the completion is sampled elsewhere."""

@@ -47,11 +47,11 @@ def jobs(prompts: int, members: int = 1, new_tokens: int = 8, first: int = 0) ->
     return groups
 
 
-def collect(batch: Batch, count: int) -> dict[int, Record]:
+def collect(batch: Batch, count: int, timeout_s: float = 120) -> dict[int, Record]:
     """Every result once."""
     found: dict[int, Record] = {}
     for _ in range(count):
-        result = batch.results.get(timeout=120)
+        result = batch.results.get(timeout=timeout_s)
         if isinstance(result, Exception):
             raise result
         assert result[0] not in found
@@ -452,3 +452,22 @@ def test_what_is_no_rollout_server_is_refused_with_its_address(settings: Any, sa
     fake.answer = answer  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=re.escape(told)):
         settings(fake).pool.greet(2)
+
+
+def test_servers_that_answer_every_look_and_fail_every_completion_are_given_up(settings: Any) -> None:
+    (fake,) = servers(1, faults=[500] * 10_000)
+    setting = settings(fake, timeout_s=0.5)
+    setting.pool.use(Weights("run", 0), snapshot())
+    with pytest.raises(RolloutGone, match="http://a:1 for 1 s .*500 a fault"):
+        collect(setting.pool.sample(jobs(1), [1], 0), 1, timeout_s=10)
+    assert len(fake.prompts) < 20  # not asked again and again without a pause
+
+
+def test_the_budget_of_failures_begins_anew_with_each_completion_that_works(settings: Any) -> None:
+    faults: list[Any] = [500, 500, 500, 500, None]  # within 0.8 s of the first
+    (fake,) = servers(1, faults=3 * faults)
+    setting = settings(fake, timeout_s=1.0)
+    setting.pool.use(Weights("run", 0), snapshot())
+    for first in range(3):
+        assert len(setting.sample(jobs(1, first=first))) == 1
+    assert setting.pool.retried == 12

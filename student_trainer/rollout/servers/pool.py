@@ -38,7 +38,8 @@ from teacher_api.types import FloatArray, IntArray
 
 T = TypeVar("T")
 PAUSES_S = (0.1, 0.2, 0.5, 1.0, 2.0)
-"""Between looks at a server that is away; the last one from then on."""
+"""Between looks at a server that is away, and before one that answers them but fails at completions is asked for more;
+the last one from then on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class _Server:
     usable: bool = False
     cause: str = "not asked yet"  # why it is not usable
     failures: int = 0  # in a row, since it was last usable
+    returns: int = 0  # with the weights it had, since it last finished a completion
     running: int = 0
     owed_tokens: int = 0
     link: Link | None = None
@@ -101,7 +103,7 @@ class Pool:
         check: raises ValueError for a server that can't sample for this run, which ends the pool.
         make_link: for a server that is to get weights; None on ranks that hand none over.
         most_running: completions in flight at one server.
-        timeout_s: how long none may be usable before RolloutGone.
+        timeout_s: how long none may be usable, or all completions may fail, before RolloutGone.
         attempt_timeout_s: of one completion and of one hand-over.
     """
 
@@ -124,6 +126,7 @@ class Pool:
         self._weights: Weights | None = None
         self._snapshot: Snapshot | None = None
         self._away_since = time.monotonic()
+        self._failing_since: float | None = None  # the first failed completion after the last one that was not
         self._fatal: Exception | None = None
         self._changes = 0
         self.retried = self.handed_over = 0
@@ -235,7 +238,7 @@ class Pool:
 
     def _set(self, weights: Weights | None, snapshot: Snapshot | None) -> None:
         self._weights, self._snapshot = weights, snapshot
-        self._away_since = time.monotonic()
+        self._away_since, self._failing_since = time.monotonic(), None
         for server in self._servers:
             server.usable = False
             server.cause = "has not got the weights yet"
@@ -255,7 +258,8 @@ class Pool:
                         await self._change.wait()
 
     def _gone(self, seconds: float) -> RolloutGone:
-        causes = "; ".join(s.cause if s.remote.url in s.cause else f"{s.remote.url}: {s.cause}" for s in self._servers)
+        away = [s for s in self._servers if s.cause]
+        causes = "; ".join(s.cause if s.remote.url in s.cause else f"{s.remote.url}: {s.cause}" for s in away)
         return RolloutGone(", ".join(self._urls), seconds, causes)
 
     async def _notify(self) -> None:
@@ -325,6 +329,10 @@ class Pool:
         elif info.weights != weights or server.checked != (info.instance, weights):
             # What a server says it has counts once it was checked: a hand-over may have failed after it had them.
             await self._hand_over(server, info, weights, snapshot)
+            server.returns = -1
+        server.returns += 1
+        if server.returns > 1:
+            await asyncio.sleep(PAUSES_S[min(server.returns - 1, len(PAUSES_S)) - 1])
         if weights == self._weights:
             await self._now_usable(server)
 
@@ -378,12 +386,14 @@ class Pool:
         async def complete(server: _Server, job: Job) -> None:
             nonlocal running
             record = await self._one(server, job, stop_ids, keep_top_k)
-            running -= 1
             if record is None:
+                self._require_budget()
                 self.retried += 1
                 waiting.appendleft([job])
             else:
+                self._failing_since = None
                 batch.results.put((job.place, record))
+            running -= 1
             await self._notify()
 
         try:
@@ -401,6 +411,14 @@ class Pool:
                     await self._until(functools.partial(self._has_changed, seen), self._away_since, limit)
         except* Exception as errors:
             batch.results.put(_first(errors))
+
+    def _require_budget(self) -> None:
+        """After a completion that failed: servers may answer every look and fail at all that they are asked for."""
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        elif now - self._failing_since > self._timeout_s:
+            raise self._gone(now - self._failing_since)
 
     def _has_changed(self, since: int) -> bool:
         return self._changes != since
@@ -425,10 +443,12 @@ class Pool:
         except (Unavailable, HasOtherWeights) as error:
             await self._failed(server, error)
             return None
+        else:
+            server.returns = 0
+            return record
         finally:
             server.running -= 1
             server.owed_tokens -= job.tokens
-        return record
 
 
 def _first(errors: BaseExceptionGroup[Exception]) -> Exception:
