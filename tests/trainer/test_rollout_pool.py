@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -58,6 +58,13 @@ def collect(batch: Batch, count: int, timeout_s: float = 120) -> dict[int, Recor
         found[result[0]] = result[1]
     assert batch.results.empty()
     return found
+
+
+def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class Setting:
@@ -196,10 +203,7 @@ def test_one_that_comes_back_with_other_weights_gets_the_current_ones_before_it_
     fakes[0].kill()
     assert len(setting.sample(jobs(4))) == 4
     fakes[0].start()  # its supervisor, with whatever it loads at first
-    deadline = time.monotonic() + 5
-    while setting.pool.num_usable < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: setting.pool.num_usable == 2)
     assert (fakes[0].session, fakes[0].version, fakes[0].taken) == ("run", 2, 2)
     found = setting.sample(jobs(10, first=100))
     assert {int(t) for record in found.values() for t in record.token_ids} == {2}
@@ -278,10 +282,7 @@ def test_a_server_that_is_late_joins(settings: Any) -> None:
     setting.pool.greet(5)
     assert setting.pool.use(Weights("run", 0), snapshot()) == [URLS[0]]
     fakes[1].start()
-    deadline = time.monotonic() + 5
-    while setting.pool.num_usable < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: setting.pool.num_usable == 2)
     assert fakes[1].version == 0
 
 
@@ -347,10 +348,7 @@ def test_ranks_that_hand_nothing_over_use_what_rank_0_did(settings: Any) -> None
     fakes[0].start()  # it waits for rank 0 to hand the weights over again
     assert len(other.sample(jobs(8, first=50))) == 8
     main.sample(jobs(4, first=90))
-    deadline = time.monotonic() + 5
-    while other.pool.num_usable < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: other.pool.num_usable == 2)
 
 
 def test_a_batch_that_is_given_up_leaves_nothing_running(settings: Any) -> None:
@@ -358,23 +356,11 @@ def test_a_batch_that_is_given_up_leaves_nothing_running(settings: Any) -> None:
     setting = settings(fake)
     setting.pool.use(Weights("run", 0), snapshot())
     batch = setting.pool.sample(jobs(3), [1], 0)
-    deadline = time.monotonic() + 5
-    while fake.running < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: fake.running == 3)
     batch.cancel()
-    while fake.running:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not fake.running)
     fake.pause_s = 0.0
     assert sorted(setting.sample(jobs(3, first=10))) == [0, 1, 2]
-
-
-def handed_over(fake: FakeServer, times: int) -> None:
-    deadline = time.monotonic() + 5
-    while fake.taken < times:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_server_that_got_other_bytes_is_not_used_later_either(settings: Any) -> None:
@@ -383,7 +369,7 @@ def test_a_server_that_got_other_bytes_is_not_used_later_either(settings: Any) -
     setting = settings(good, bad)
     setting.pool.greet(5)
     setting.pool.use(Weights("run", 0), snapshot())
-    handed_over(bad, 3)
+    until(lambda: bad.taken >= 3)
     assert setting.pool.num_usable == 1
     setting.sample(jobs(6))
     assert not bad.sampled
@@ -403,7 +389,7 @@ def test_a_server_that_failed_after_it_had_the_weights_is_checked_before_it_samp
     setting = settings(good, bad)
     setting.pool.greet(5)
     setting.pool.use(Weights("run", 0), snapshot())
-    handed_over(bad, 2)
+    until(lambda: bad.taken >= 2)
     with pytest.raises(RolloutError, match=r"http://b:2 is 0.5 off"):
         for _ in range(1000):
             setting.sample(jobs(6))
@@ -471,3 +457,37 @@ def test_the_budget_of_failures_begins_anew_with_each_completion_that_works(sett
     for first in range(3):
         assert len(setting.sample(jobs(1, first=first))) == 1
     assert setting.pool.retried == 12
+
+
+def test_one_that_is_slow_to_take_the_weights_does_not_end_a_run_that_others_sample_for(settings: Any) -> None:
+    hold, fakes = threading.Event(), servers(2)
+    setting = settings(*fakes, timeout_s=0.5)
+    setting.pool._make_link = lambda url, info: FakeLink(url, info, hold if url == URLS[1] else None)
+    setting.pool.greet(5)
+    try:
+        assert setting.pool.use(Weights("run", 0), snapshot()) == [URLS[0]]
+        assert len(setting.sample(jobs(4))) == 4
+    finally:
+        hold.set()
+
+
+def test_one_that_answers_is_enough_at_the_start(settings: Any) -> None:
+    fakes = servers(2)
+
+    async def slow(path: str, body: dict[str, Any], key: str) -> httpx.Response:
+        await asyncio.sleep(1.0)
+        raise httpx.ConnectError("connection refused")
+
+    fakes[1].answer = slow  # type: ignore[method-assign]
+    setting = settings(*fakes)
+    setting.pool.greet(0.3)
+    assert setting.pool.use(Weights("run", 0), snapshot()) == [URLS[0]]
+
+
+def test_who_waits_for_a_sample_hears_that_the_pool_has_ended(settings: Any) -> None:
+    (fake,) = servers(1, pause_s=60.0)
+    setting = settings(fake)
+    setting.pool.use(Weights("run", 0), snapshot())
+    batch = setting.pool.sample(jobs(2), [1], 0)
+    setting.pool.close()
+    assert isinstance(batch.results.get(timeout=5), RolloutError)

@@ -95,6 +95,11 @@ class Batch:
         if self.future is not None:
             self.future.cancel()
 
+    def ended(self, future: Future[None]) -> None:
+        """Nobody waits for what does not come any more."""
+        if future.cancelled():
+            self.results.put(RolloutError("sampling was given up: its servers are no longer asked"))
+
 
 class Pool:
     """Methods are called from the trainer's thread.
@@ -169,10 +174,12 @@ class Pool:
         self._run(self._forget())
 
     def sample(self, groups: Sequence[Sequence[Job]], stop_ids: Sequence[int], keep_top_k: int) -> Batch:
-        """Begins; each group goes to one server. Results, or the failure that ends the batch, come in its queue."""
+        """Begins; each group goes to one server. Results, or the failure that ends the batch, come in its queue; so
+        does the pool's end."""
         batch = Batch()
         work = self._sample(batch, groups, stop_ids, keep_top_k)
         batch.future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        batch.future.add_done_callback(batch.ended)
         return batch
 
     @property
@@ -217,13 +224,16 @@ class Pool:
         # The others, unless they are away.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await self._until(lambda: all(s.info or s.failures for s in self._servers), began, timeout_s)
+                await self._until(lambda: all(s.info or s.failures for s in self._servers), began, math.inf)
 
     async def _use(self, weights: Weights, snapshot: Snapshot) -> list[str]:
         asked = [s for s in self._servers if s.info is not None and not s.failures]
         self._set(weights, snapshot)
         self.gap = 0.0
-        await self._until(lambda: all(s.usable or s.failures for s in asked), time.monotonic(), self._timeout_s)
+        began = time.monotonic()
+        with contextlib.suppress(TimeoutError):  # one that hangs is not waited for while others sample
+            async with asyncio.timeout(self._timeout_s):
+                await self._until(lambda: all(s.usable or s.failures for s in asked), began, math.inf)
         await self._until(lambda: any(s.usable for s in self._servers), self._away_since, self._timeout_s)
         return [s.remote.url for s in self._servers if s.usable]
 
