@@ -389,10 +389,9 @@ def test_a_server_that_failed_after_it_had_the_weights_is_checked_before_it_samp
     setting = settings(good, bad)
     setting.pool.greet(5)
     setting.pool.use(Weights("run", 0), snapshot())
-    until(lambda: bad.taken >= 2)
+    until(lambda: setting.pool._fatal is not None)
     with pytest.raises(RolloutError, match=r"http://b:2 is 0.5 off"):
-        for _ in range(1000):
-            setting.sample(jobs(6))
+        setting.sample(jobs(6))
     assert not bad.sampled
 
 
@@ -444,7 +443,7 @@ def test_servers_that_answer_every_look_and_fail_every_completion_are_given_up(s
     (fake,) = servers(1, faults=[500] * 10_000)
     setting = settings(fake, timeout_s=0.5)
     setting.pool.use(Weights("run", 0), snapshot())
-    with pytest.raises(RolloutGone, match="http://a:1 for 1 s .*500 a fault"):
+    with pytest.raises(RolloutGone, match=r"http://a:1 for 1 s .*500 a fault"):
         collect(setting.pool.sample(jobs(1), [1], 0), 1, timeout_s=10)
     assert len(fake.prompts) < 20  # not asked again and again without a pause
 

@@ -65,7 +65,9 @@ class Remote:
         try:
             answer = dict(found.json())
         except (TypeError, ValueError) as error:
-            raise Refused(f"{self.url} answers {found.text!r:.80} to /info, expected a rollout server's JSON") from error
+            raise Refused(
+                f"{self.url} answers {found.text!r:.80} to /info, expected a rollout server's JSON"
+            ) from error
         if answer.get("protocol") != PROTOCOL:
             raise Refused(f"{self.url} speaks protocol {answer.get('protocol')}, expected {PROTOCOL}: not this version")
         try:
