@@ -35,8 +35,9 @@ class Copied:
         model = copy.deepcopy(trained.model, frozen).eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        model.register_forward_pre_hook(self._look_up)
-        self.student = dataclasses.replace(trained, model=model, parts=causal_lm.split(model))
+        parts = causal_lm.split(model)
+        parts.body.register_forward_pre_hook(self._look_up)  # decoding with slots calls this, and not the model
+        self.student = dataclasses.replace(trained, model=model, parts=parts)
         on_gpu = trained.device.type == "cuda"
         self._stream = torch.cuda.Stream(trained.device) if on_gpu else None  # type: ignore[no-untyped-call]
 

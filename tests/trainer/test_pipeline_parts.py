@@ -32,6 +32,8 @@ from student_trainer.pipeline.feed import Feed
 from student_trainer.pipeline.schedule import Draw, age, check, scheduled
 from student_trainer.pipeline.timeline import Span, Timeline, covered, rows
 from student_trainer.rollout.base import RolloutError
+from student_trainer.rollout.config import RolloutConfig
+from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student
 from student_trainer.types import Metrics, Prompt, Rollout, ScoredRollout
 from teacher_api import causal_lm
@@ -296,6 +298,19 @@ def test_a_copy_keeps_the_weights_of_its_last_take_and_shares_what_is_frozen() -
         with pytest.raises(Ended):
             copied.student.model(ids)
         model(ids)
+
+
+def test_a_completion_that_is_being_sampled_ends_with_the_run() -> None:
+    model = tiny_model(seed=3)
+    copied = Copied(Student(model, None, causal_lm.split(model), torch.device("cpu"), (1,), 0, 0, False))
+    own, config = copied.student.model, RolloutConfig(max_new_tokens=32)
+    sampler = TorchSampler(own, eos_token_ids=[], pad_token_id=0, vocabulary_size=64, config=config, seed=0)
+    assert sampler.strategy == "continuous"
+    prompt = Prompt(0, np.arange(4, dtype=np.int32))
+    assert sampler.sample([prompt], [0])[0].num_tokens == 32
+    copied.end()
+    with pytest.raises(Ended):
+        sampler.sample([prompt], [0])
 
 
 class Ahead:
