@@ -152,7 +152,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
-        self._interruptible = False
+        self._interruptible = self._deferred = False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -181,6 +181,26 @@ class StopSignals:
             yield
         finally:
             self._interruptible = False
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside `interruptible`, work that ranks do together: one that left in the middle would leave the others in a
+        collective. A request is obeyed at the end. Main thread only."""
+        before = self._interruptible, self._deferred
+        self._interruptible, self._deferred = False, before[0]
+        try:
+            yield
+        finally:
+            self._interruptible, self._deferred = before
+        if self._interruptible and self.received:
+            self._interruptible = False
+            raise StopRequested
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Inside `deferred`, work of one rank that the others will hear of: a request is obeyed at once again."""
+        with self.interruptible() if self._deferred else contextlib.nullcontext():
+            yield
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.received = number

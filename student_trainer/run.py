@@ -352,6 +352,7 @@ def prepare(
                 copied.student if copied else student,
                 dist,
                 longest_tokens=longest,
+                stop=stop,
             ),
             copied=copied,
             scorer=scorer,

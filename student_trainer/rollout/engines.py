@@ -6,6 +6,7 @@ from typing import Any
 
 from student_trainer.config import TrainConfig
 from student_trainer.distributed import Distributed
+from student_trainer.guards import StopSignals
 from student_trainer.rollout.base import RolloutEngine
 from student_trainer.rollout.chat import Chat
 from student_trainer.rollout.config import RolloutConfig
@@ -16,11 +17,19 @@ from student_trainer.rollout.vllm_colocated import ColocatedSampler
 from student_trainer.student import Student
 
 
-def make(config: TrainConfig, student: Student, dist: Distributed, *, longest_tokens: int) -> RolloutEngine:
+def make(
+    config: TrainConfig,
+    student: Student,
+    dist: Distributed,
+    *,
+    longest_tokens: int,
+    stop: StopSignals | None = None,
+) -> RolloutEngine:
     """The engine that rollout.engine names.
 
     Args:
         longest_tokens: longest prompt with its completion that can come up.
+        stop: what may ask the run to stop.
     Raises:
         ValueError: it isn't there, or can't sample from this student. RolloutGone: its servers don't answer.
     """
@@ -28,7 +37,7 @@ def make(config: TrainConfig, student: Student, dist: Distributed, *, longest_to
     if config.rollout.engine == "vllm":
         engine = ColocatedSampler(config, student, longest_tokens=longest_tokens, world=dist.world)
     elif config.rollout.engine == "vllm-server":
-        engine = ServersSampler(config, student, dist, longest_tokens=longest_tokens)
+        engine = ServersSampler(config, student, dist, longest_tokens=longest_tokens, stop=stop)
     else:
         engine = make_torch(config, student, {})
     return conversing(engine, config.rollout, student)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from student_trainer import guards
 from student_trainer.config import StudentConfig, TrainConfig, differences, experiment
 from student_trainer.distributed import BUCKET_BYTES, Distributed, _buckets, join, weights_digest
 from student_trainer.resume import ResumeError, claim, find_start, record
+from student_trainer.rollout.servers.engine import ServersSampler
+from student_trainer.rollout.vllm_side.request import Weights
 from student_trainer.student import StudentError, load
 from student_trainer.types import Prompt, Rollout
 
@@ -250,6 +253,46 @@ def test_a_stop_signal_interrupts_only_where_nothing_is_lost() -> None:
         went_on = True
     assert not went_on
     assert inside.exit_code == 130
+
+
+class Told:
+    """Rank 1 of two, which are asked to stop while it waits in the first collective for rank 0."""
+
+    is_main, world, rank = False, 2, 1
+
+    def __init__(self) -> None:
+        self.entered: list[str] = []
+
+    def all_reduce_max(self, value: float) -> float:
+        self.entered.append("max")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0  # rank 0 was handing over the weights, and has left that
+
+    def gather(self, value: Any) -> list[Any]:
+        self.entered.append("gather")
+        return [guards.StopRequested(), value]
+
+
+def test_a_stop_leaves_no_rank_in_a_collective_of_the_hand_over() -> None:
+    stop, dist = guards.StopSignals(), Told()
+    engine: Any = object.__new__(ServersSampler)
+    engine._stop, engine._dist, engine._weights = stop, dist, Weights("run", 3)
+    with stop.installed(), pytest.raises(guards.StopRequested), stop.interruptible():
+        engine.update(4)
+    assert dist.entered == ["max", "gather"]  # as rank 0
+
+
+def test_a_stop_is_obeyed_at_once_where_one_rank_hands_over_for_all() -> None:
+    stop = guards.StopSignals()
+    went_on = []
+    with stop.installed(), contextlib.suppress(guards.StopRequested), stop.interruptible(), stop.deferred():
+        try:
+            with stop.resumed():
+                os.kill(os.getpid(), signal.SIGTERM)
+                went_on.append("handing over")
+        except guards.StopRequested:
+            went_on.append("telling the others")
+    assert went_on == ["telling the others"]
 
 
 # -- one directory, one experiment

@@ -37,11 +37,22 @@ class ServersSampler(ByPlace):
     Args:
         student: as it was loaded; its weights are read in `update`.
         longest_tokens: longest prompt with its completion that can come up.
+        stop: what may ask the run to stop while ranks hand weights over together.
     Raises:
         ValueError: servers or a student that it can't be. RolloutGone: no server answers within start_timeout_s.
     """
 
-    def __init__(self, config: TrainConfig, student: Student, dist: Distributed, *, longest_tokens: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Student,
+        dist: Distributed,
+        *,
+        longest_tokens: int,
+        stop: guards.StopSignals | None = None,
+    ) -> None:
+        # Of one process alone, nobody waits in a collective, and a thread of its own may call `update`.
+        self._stop = stop if stop is not None and dist.world > 1 else guards.StopSignals()
         self._rollout, self._options = config.rollout, config.rollout.server
         self._student, self._dist, self._seed = student, dist, config.train.seed
         self._stop_ids = tuple(sorted({*student.eos_token_ids, *config.rollout.stop_token_ids}))
@@ -72,14 +83,18 @@ class ServersSampler(ByPlace):
             RolloutGone: no server could take the weights within timeout_s. RolloutError: one computes something else
             than the trainer afterwards.
         """
-        if version == self._weights.version:
-            return
+        if version != self._weights.version:
+            with self._stop.deferred():
+                self._update(version)
+
+    def _update(self, version: int) -> None:
         session = self._weights.session or self._dist.gather(uuid.uuid4().hex)[0]
         weights, usable = Weights(session, version), list[str]()
         failure: Exception | None = None
         if self._dist.is_main:
             try:
-                usable = self._pool.use(weights, self._snapshot(version))
+                with self._stop.resumed():
+                    usable = self._pool.use(weights, self._snapshot(version))
             except Exception as error:  # the other ranks wait to hear how it went
                 failure = error
         guards.agree(self._dist, failure)
