@@ -58,6 +58,7 @@ class Replicas:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._looking_up: asyncio.Task[None] | None = None
+        self._beginning = asyncio.Lock()
 
     # ---- the transport -----------------------------------------------------------------------------------------------
 
@@ -68,9 +69,10 @@ class Replicas:
             FingerprintMismatch: two of them are different teachers; names both.
             TeacherError: of a server that refuses, or of the last where none answers.
         """
-        if self._looking_up is None:
-            await self._look_up()
-            self._looking_up = asyncio.get_running_loop().create_task(self._look_up_forever())
+        async with self._beginning:
+            if self._looking_up is None:
+                await self._look_up()
+                self._looking_up = asyncio.get_running_loop().create_task(self._look_up_forever())
         asked = [replica for replica in self._replicas if not replica.down]
         if not asked:
             asked = [await self._waited_for(lambda: self._free(), timeout_s)]

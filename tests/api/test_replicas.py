@@ -19,7 +19,9 @@ from reliability import holds
 
 from teacher_api import errors, replica, replicas
 from teacher_api.client import AsyncTeacherClient, TeacherClient
+from teacher_api.endpoints import Endpoint
 from teacher_api.types import Completion, ScoreRequest
+from teacher_api.v1 import teacher_pb2 as pb
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
@@ -440,3 +442,26 @@ def test_the_synchronous_client_takes_several_too(serve: Any):
 
 def test_pauses_are_in_proportion_to_what_they_wait_for():
     assert replica.PROBE_FIRST_S < replica.PROBE_MAX_S <= replicas.PROBE_TIMEOUT_S
+
+
+def test_a_name_is_looked_up_by_one_task_for_callers_that_come_together(monkeypatch: pytest.MonkeyPatch):
+    class Known:
+        async def info(self, **_: Any) -> pb.TeacherInfo:
+            return pb.TeacherInfo(fingerprint="f")
+
+        async def close(self) -> None: ...
+
+    async def slowly(url: str) -> list[Endpoint]:
+        await asyncio.sleep(0)
+        return [Endpoint(url)]
+
+    monkeypatch.setattr(replicas, "endpoints_of", slowly)
+
+    async def main() -> None:
+        before = asyncio.all_tasks()
+        several = replicas.Replicas(["grpc://teacher.test:1"], lambda endpoint: Known())
+        await asyncio.gather(*(several.info(timeout_s=5, request_id="") for _ in range(3)))
+        await several.close()
+        assert asyncio.all_tasks() == before, "closed, it goes on looking up"
+
+    asyncio.run(main())
