@@ -117,8 +117,9 @@ class Strict(Sequential):
         draw, arrivals = self._drawn(self._run.step)
         self._run.sampler.update(self._run.step)
         if self._run.config.rollout.is_elsewhere:
-            self._thread = threading.Thread(target=self._carry, args=(draw, arrivals), name="sampler", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._carry, args=(draw, arrivals), name="sampler", daemon=True)
+            thread.start()  # a signal may end this: what has not begun can't be joined
+            self._thread = thread
         else:
             self._stream(draw, arrivals.send)
         return arrivals

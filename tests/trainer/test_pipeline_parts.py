@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tinymodels import tiny_model
 
 from student_trainer.distributed import Distributed
+from student_trainer.guards import StopRequested
 from student_trainer.microbatch import InOrder
 from student_trainer.packing import Packing
 from student_trainer.parallel.base import Replicated
@@ -413,6 +414,21 @@ def test_samples_that_come_back_too_old_are_made_again_and_counted() -> None:
     gate.let(*range(100))
     assert through(bare(engine, gate, steps=3)) == (list(range(6)), 2)
     assert engine.sampled == [0, 1, 2, 3, 4, 5, 4, 5]
+
+
+def test_a_stop_while_the_sampling_thread_is_started_is_what_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bare(Ahead(), Gate(width=4))
+    run.config.train.schedule = "strict"
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name == "sampler":
+            raise StopRequested
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(StopRequested), scheduled(run, drawn, sampled) as schedule:
+        schedule.begin()
 
 
 def test_a_failure_while_sampling_ahead_reaches_the_learner() -> None:
