@@ -15,6 +15,7 @@ from student_trainer.rollout.base import RolloutGone
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.vllm_side import serve
 from student_trainer.rollout.vllm_side.plugin import SERVER_PID
+from student_trainer.rollout.vllm_side.request import Draws
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,17 @@ def test_plugins_of_others_stay_as_they_are(allowed: str | None, monkeypatch: py
     serve.prepare_environment()
     names = serve.os.environ["VLLM_PLUGINS"].split(",")
     assert [n for n in names if n] == (["preceptor-rollout"] if allowed is None else ["mine", "preceptor-rollout"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", -1), ("uid", -1), ("uid", 2**63), ("uid", "7"), ("uid", 1.5), ("max_new_tokens", 0), ("top_k", -1),
+        ("vocabulary_size", 0), ("temperature", 0.0), ("temperature", float("nan")), ("temperature", None), ("top_p", 1.5),
+    ],
+)  # fmt: skip
+def test_numbers_that_would_end_an_engine_for_all_are_refused_before_it(field: str, value: Any) -> None:
+    fit = {"seed": 1, "uid": 7, "max_new_tokens": 3, "vocabulary_size": 120, "temperature": 0.5, "top_p": 1, "top_k": 2}
+    Draws(**fit)
+    with pytest.raises(ValueError, match=rf"draws\.{field}: got .*, expected"):
+        Draws(**{**fit, field: value})

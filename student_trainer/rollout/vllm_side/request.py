@@ -52,6 +52,17 @@ class Draws:
     top_k: int = 0
     greedy: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError: inside an engine, a number that can't be used would end it for all."""
+        for name, least in (("seed", 0), ("uid", 0), ("max_new_tokens", 1), ("vocabulary_size", 1), ("top_k", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not least <= value < 1 << 63:
+                raise ValueError(f"draws.{name}: got {value!r}, expected a whole number from {least} to 2**63 - 1")
+        for name, most in (("temperature", 100.0), ("top_p", 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0.0 < value <= most:
+                raise ValueError(f"draws.{name}: got {value!r}, expected more than 0 and at most {most:g}")
+
     @classmethod
     def of(cls, config: RolloutConfig, *, seed: int, uid: int, vocabulary_size: int) -> Draws:
         return cls(
