@@ -85,7 +85,8 @@ def test_plugins_of_others_stay_as_they_are(allowed: str | None, monkeypatch: py
     ("field", "value"),
     [
         ("seed", -1), ("uid", -1), ("uid", 2**63), ("uid", "7"), ("uid", 1.5), ("max_new_tokens", 0), ("top_k", -1),
-        ("vocabulary_size", 0), ("temperature", 0.0), ("temperature", float("nan")), ("temperature", None), ("top_p", 1.5),
+        ("vocabulary_size", 0), ("temperature", 0.0), ("temperature", float("nan")), ("temperature", None),
+        ("top_p", 1.5),
     ],
 )  # fmt: skip
 def test_numbers_that_would_end_an_engine_for_all_are_refused_before_it(field: str, value: Any) -> None:
