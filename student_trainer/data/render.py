@@ -4,6 +4,7 @@ token is appended, and a begin-of-sequence token is there exactly as the tokeniz
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ class Renderer:
         value = field_of(record, self.answer_key, where) if is_asked_for else record.get(self.answer_key)
         # Numbers are natural answers; their shortest spelling is what a grader compares.
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return str(value)
+            return _number_of(value)
         # Those who read answers say which problems have none: training on the student's own needs prompts alone.
         if value is None or not (is_asked_for or isinstance(value, str)):
             return None
@@ -192,10 +193,15 @@ def _under(system: str | None, messages: list[dict[str, str]]) -> list[dict[str,
     return [{"role": "system", "content": system}, *rest]
 
 
+def _number_of(value: float) -> str | None:
+    """As text; NaN is how tables of numbers say that there is none."""
+    return str(value) if math.isfinite(value) else None
+
+
 def _text_of(value: Any, key: str, where: str) -> str | None:
     """A field that may be a number, or nothing."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+        return _number_of(value)
     return None if value is None else string_of(value, key, where)
 
 

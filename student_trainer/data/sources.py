@@ -10,6 +10,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,9 @@ Opened = Callable[[int], Records]
 
 TEXT_KEY = "text"  # the field a line of a .txt file becomes
 BOM = b"\xef\xbb\xbf"
+LONGEST_CSV_FIELD = 2**31 - 1
+"""Characters. The csv module's own limit of 131,072 would refuse long documents."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read(config: PromptConfig) -> Records:
@@ -154,6 +158,7 @@ def from_json(path: Path) -> Records:
 def from_csv(path: Path) -> Records:
     """Comma-separated values with a header line; quoted fields may hold line ends."""
     with path.open(encoding="utf-8-sig", newline="") as file:  # line ends as they are: quoted fields may hold some
+        csv.field_size_limit(LONGEST_CSV_FIELD)  # of the process: there is none of a reader
         reader = csv.reader(file, strict=True)
         try:
             yield from _csv_rows(path, reader)
@@ -191,6 +196,8 @@ def from_parquet(path: Path) -> Records:
                 rows += 1
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not a Parquet file: {first_line(error)}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: a damaged Parquet file: {first_line(error)}") from None
 
 
 def from_class(path: str) -> Records:
@@ -202,6 +209,8 @@ def from_class(path: str) -> Records:
         factory: Callable[[], Iterable[Any]] = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
         raise DataError(f"data.source {path}: {error}; is it on PYTHONPATH?") from None
+    except ValueError as error:  # an empty name
+        raise DataError(f"data.source {path}: {error}; expected package.module:Class") from None
     except AttributeError:
         raise DataError(f"data.source {path}: module {module_name} has no {attribute}") from None
     if not callable(factory):
@@ -225,10 +234,28 @@ FILE_READERS: dict[str, Callable[[Path], Records]] = {
 
 def _parse_json(where: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _unique(where, pairs))
+        value = json.loads(text, object_pairs_hook=lambda pairs: _unique(where, pairs))
     except json.JSONDecodeError as error:
         place = f" line {error.lineno}" if error.lineno > 1 else ""
         raise DataError(f"{where}: not JSON: {error.msg} at{place} column {error.colno}") from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON that is nested too deeply to be read") from None
+    except DataError:
+        raise
+    except ValueError as error:  # a number with thousands of digits
+        raise DataError(f"{where}: {first_line(error)}") from None
+    if _SURROGATE.search(text):
+        _require_whole_characters(where, value)
+    return value
+
+
+def _require_whole_characters(where: str, value: Any) -> None:
+    """Half of a surrogate pair is an escape that JSON allows, but no text that a tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DataError(f"{where}: the text has {half}, half of a character; expected both halves or none") from None
 
 
 def _unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -157,6 +157,9 @@ def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatc
         ("a.csv", b"question,question\na,b\n", "a.csv:1: column 'question' is there twice"),
         ("a.csv", b'question,answer\n"a"b,c\n', "a.csv:2: ',' expected after '\"'"),
         ("a.parquet", b"not parquet at all", "a.parquet: not a Parquet file: Parquet magic bytes not found"),
+        ("a.jsonl", b"[" * 200_000, "a.jsonl:1: JSON that is nested too deeply to be read"),
+        ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "a.jsonl:1: Exceeds the limit (4300 digits)"),
+        ("a.jsonl", b'{"question": "a\\ud83d"}', "a.jsonl:1: the text has '\\ud83d', half of a character"),
         ("a.txt", b" \n\n", "a.txt: no prompts in it"),
         ("a.jsonl", b"", "a.jsonl: no prompts in it"),
         ("a.csv", b"", "a.csv: no prompts in it"),
@@ -190,6 +193,7 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, name: str, conten
         ("prompts", "no such file, and neither a hub dataset id `org/name` nor `package.module:Class`"),
         ("./some/dir/here", "no such file, and neither"),
         ("no_such_module_here:Cls", "No module named 'no_such_module_here'; is it on PYTHONPATH?"),
+        (":Cls", "data.source :Cls: Empty module name; expected package.module:Class"),
         (f"{__name__}:Nothing", f"module {__name__} has no Nothing"),
         (f"{__name__}:NOT_CALLABLE", "expected a class or function; got int"),
         (f"{__name__}:NotIterable", "NotIterable is not iterable; expected an iterable of mappings"),
@@ -215,3 +219,36 @@ def test_reading_a_text_file_imports_no_data_libraries(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_damaged_page_of_a_parquet_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"question": [f"question {i}" for i in range(2000)]}), path, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[200:240] = b"\xff" * 40  # the footer is whole
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"a\.parquet: a damaged Parquet file: "):
+        load_prompts(DataConfig(source=str(path)), tiny_tokenizer())
+
+
+def test_a_csv_field_may_be_a_long_document(tmp_path: Path) -> None:
+    document = "the fox " * 20_000  # 160,000 characters: the csv module's own limit is 131,072
+    path = tmp_path / "a.csv"
+    path.write_text(f'question\n"{document}"\n')
+    ((_, record),) = sources.from_csv(path)
+    assert record == {"question": document}
+
+
+def test_both_halves_of_a_surrogate_pair_are_one_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "\\ud83e\\udd8a"}')
+    ((_, record),) = sources.from_jsonl(path)
+    assert record == {"question": "\N{FOX FACE}"}
+
+
+@pytest.mark.parametrize("key", [None, "answer"])
+def test_a_number_that_is_none_is_no_answer(tmp_path: Path, key: str | None) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": [4.5, float("nan")]}), path)
+    found = load_prompts(DataConfig(source=str(path), answer_key=key), tiny_tokenizer()).all()
+    assert [prompt.answer for prompt in found] == ["4.5", None]
