@@ -53,6 +53,8 @@ class Migration:
 
 
 Apply = Callable[[Migration, str, Any], None]
+UNCONVERTIBLE = (AttributeError, KeyError, TypeError, ValueError)
+"""What a rule raises for a value that is not of the kind it knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,7 @@ def to(ours: str, convert: Callable[[Any], Any] = lambda value: value, remark: s
     """The same thing under our name."""
 
     def apply(migration: Migration, key: str, value: Any) -> None:
-        try:
-            migration.set(ours, convert(value))
-        except (KeyError, TypeError, ValueError):
-            migration.leave(key, value, f"not a value that {ours} has a counterpart for")
-            return
+        migration.set(ours, convert(value))
         if remark:
             migration.remark(f"{key} → {ours}: {remark}")
 
@@ -125,8 +123,12 @@ def follow(table: Table, theirs: Mapping[str, Any], system: str, unknown: str) -
         rule = rule_of(table, key)
         if rule is None:
             migration.leave(key, value, unknown)
-        else:
+            continue
+        try:
             rule.apply(migration, key, value)
+        except UNCONVERTIBLE:
+            ours = rule.ours.replace("`", "") or "ours"
+            migration.leave(key, value, f"not a value that {ours} has a counterpart for")
     return migration
 
 

@@ -52,7 +52,11 @@ def main() -> NoReturn:
     report = notes(migration)
     written = "".join(f"# {line}\n" for line in report) + "\n" + as_yaml(migration)
     if options.output:
-        options.output.write_text(written)
+        try:
+            options.output.write_text(written, encoding="utf-8")
+        except OSError as error:
+            print(f"student-migrate: error: --output {options.output}: {error.strerror or error}", file=sys.stderr)
+            sys.exit(2)
     else:
         print(written, end="")
     print("\n".join(report), file=sys.stderr)
@@ -71,9 +75,11 @@ def migrate(given: str) -> Migration:
     path = Path(given)
     with contextlib.suppress(OSError):  # a command may be longer than a path can be
         if path.is_file():
-            text = path.read_text()
+            text = _text(path)
             if path.suffix in (".yaml", ".yml", ".json"):
-                return _finished(*_of_tree(_tree(text, str(path))))
+                tree = _tree(text, str(path))
+                module = _whose(tree)
+                return _finished(module, _of_tree(tree, module))
             return _of_command(text)
     if given.endswith((".yaml", ".yml", ".json")) and " " not in given.strip():
         raise MigrationError(f"{given}: there is no such file")
@@ -99,14 +105,13 @@ def tables() -> str:
     return "\n\n".join(f"### {module.NAME}\n\n{markdown(module.TABLE)}" for module in SYSTEMS.values())
 
 
-def _of_tree(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> tuple[ModuleType, Migration]:
-    module = _whose(tree, overrides or {})
-    theirs = flat(references.resolved(tree)) | dict(overrides or {})
-    return module, follow(module.TABLE, theirs, module.NAME, f"no key that is known of {module.NAME}")
+def _of_tree(tree: Mapping[str, Any], module: ModuleType) -> Migration:
+    theirs = flat(references.resolved(tree))
+    return follow(module.TABLE, theirs, module.NAME, f"no key that is known of {module.NAME}")
 
 
-def _whose(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> ModuleType:
-    names = {str(name) for name in tree} | {name.split(".")[0] for name in overrides}
+def _whose(tree: Mapping[str, Any]) -> ModuleType:
+    names = {str(name) for name in tree}
     if names & {"kd_objective", "student_pretrain", "distill_loss_weight", "logits_topk", "kd_temperature"}:
         return roll
     if names & {"distillation", "loss_fn", "policy", "train_mb_tokens", "checkpointing"}:
@@ -126,12 +131,11 @@ def _of_command(text: str) -> Migration:
     if program.startswith("train_gpus"):
         return _of_options(hybrid, options, command)
     if "run_distillation" in program:
-        files, overrides = options.get("config", [])[:1], [*plain, *options.get("config", [])[1:]]
-        return _of_file_and_overrides(files, overrides, nemo_rl)
+        (file,), words = _named(options, "config")
+        return _of_file_and_overrides(file, [*plain, *words], nemo_rl)
     if "start_distill_pipeline" in program:
-        path, name = (options.get(key, [""])[0] for key in ("config_path", "config_name"))
-        overrides = [*plain, *options.get("config_name", [])[1:], *options.get("config_path", [])[1:]]
-        return _of_file_and_overrides([f"{path}/{name}.yaml"], overrides, roll)
+        (path, name), words = _named(options, "config_path", "config_name")
+        return _of_file_and_overrides(f"{path or '.'}/{name}.yaml" if name else "", [*plain, *words], roll)
     if "eval_mmlu" in program:
         return _evaluation(options)
     raise MigrationError(
@@ -153,26 +157,70 @@ def _of_options(module: ModuleType, options: Mapping[str, list[str]], command: c
     return _finished(module, migration)
 
 
-def _of_file_and_overrides(files: list[str], words: list[str], module: ModuleType) -> Migration:
-    overrides: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.lstrip("+~").partition("=")
-        if equals:
-            overrides[name] = yaml.safe_load(value)
-    file = Path(files[0]) if files else None
-    if file is not None and file.is_file():
-        return _finished(*_of_tree(_tree(file.read_text(), str(file)), overrides))
-    migration = follow(module.TABLE, overrides, module.NAME, f"no key that is known of {module.NAME}")
-    migration.leave(
-        "the file", str(file or "of its defaults"), "not found from here: only what the command says is carried over"
-    )
+def _named(options: Mapping[str, list[str]], *names: str) -> tuple[list[str], list[str]]:
+    """The values of these options, and every other word: overrides, and options that nobody knows here."""
+    values = [next(iter(options.get(name, ())), "") for name in names]
+    words = [word for name in names for word in options.get(name, ())[1:]]
+    for name, given in options.items():
+        if name not in names:
+            words += [f"--{name}", *given]
+    return values, words
+
+
+def _of_file_and_overrides(file: str, words: list[str], module: ModuleType) -> Migration:
+    path = Path(file)
+    found = bool(file) and path.is_file()
+    tree = _tree(_text(path), file) if found else {}
+    strange = [word for word in words if not _override(tree, word)]
+    module = _whose(tree) if found else module
+    migration = _of_tree(tree, module)
+    for word in strange:
+        migration.remark(f"{word!r} of the command is no key=value, and not carried over")
+    if not found:
+        migration.leave(
+            "the file", file or "of its defaults", "not found from here: only what the command says is carried over"
+        )
     return _finished(module, migration)
+
+
+def _override(tree: dict[str, Any], word: str) -> bool:
+    """Does to their configuration what a word of the command does, before references in it are followed: `key=value`
+    (with + where it is new) sets, `~key` takes away. False: it is neither."""
+    name, equals, value = word.lstrip("+~").partition("=")
+    *sections, last = name.split(".")
+    if not (equals or word.startswith("~")) or word.startswith("-"):
+        return False
+    node = tree
+    for section in sections:
+        inner = node.get(section)
+        if not isinstance(inner, dict):
+            inner = node[section] = {}
+        node = inner
+    if word.startswith("~"):
+        node.pop(last, None)
+        return True
+    try:
+        given = yaml.safe_load(value)
+    except yaml.YAMLError:
+        given = value
+    before = node.get(last)
+    node[last] = _merged(before, given) if isinstance(before, dict) and isinstance(given, dict) else given
+    return True
+
+
+def _merged(section: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """As Hydra merges a section with one that is given for it."""
+    merged = dict(section)
+    for name, value in more.items():
+        before = merged.get(name)
+        merged[name] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _evaluation(options: Mapping[str, list[str]]) -> Migration:
     migration = Migration(hybrid.NAME)
-    checkpoint = options.get("ckpt", ["OUTPUT_DIR"])[0]
-    dtype = options.get("dtype", ["float32"])[0]
+    (checkpoint, dtype), _ = _named(options, "ckpt", "dtype")
+    checkpoint, dtype = checkpoint or "OUTPUT_DIR", dtype or "float32"
     migration.remark(f"this is no training: student-eval --model {checkpoint}/final --dtype {dtype} --tasks mmlu")
     migration.remark("a checkpoint says itself which layers it has from another model: no --layers")
     return migration
@@ -223,6 +271,13 @@ def _missing(migration: Migration) -> list[tuple[str, str]]:
         "teacher": bool({"teacher.url", "teacher.model"} & settings.keys()),
     }
     return [(key, what) for key, what in NEEDED.items() if not have[key]]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MigrationError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _tree(text: str, origin: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from student_trainer.migrate.base import Migration, Table, by, choice, covered, nothing, to
-from student_trainer.migrate.shared import DTYPES, integer, number, track, truth
+from student_trainer.migrate.shared import DTYPES, factor, integer, number, track, truth
 
 NAME = "hybrid distillation script"
 PROCESSES = "times accumulated steps and processes: train.batch_size"
@@ -94,10 +94,10 @@ def finish(migration: Migration) -> None:
     if "no_dataset_streaming" not in theirs:
         migration.set("data.streaming", True)
     ranks = settings.get("train.num_processes", 1)
-    size = integer(theirs.get("batch_size", 1))
-    accumulated = integer(theirs.get("grad_accumulation_steps", 1))
-    migration.set("train.batch_size", size * accumulated * ranks)
-    migration.remark(f"train.batch_size: {size} a process × {accumulated} accumulated × {ranks} processes")
+    size, accumulated = factor(migration, "batch_size"), factor(migration, "grad_accumulation_steps")
+    if size is not None and accumulated is not None:
+        migration.set("train.batch_size", size * accumulated * ranks)
+        migration.remark(f"train.batch_size: {size} a process × {accumulated} accumulated × {ranks} processes")
     if ranks > 1:
         migration.set("train.strategy", "ddp_sharded")
     devices = [device for device in str(theirs.get("CUDA_VISIBLE_DEVICES", "")).split(",") if device]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
+from student_trainer.data.config import SourceConfig
 from student_trainer.migrate.base import Migration, Table, by, choice, covered, nothing, to, unless
 from student_trainer.migrate.shared import (
     DTYPES,
     PROMPT_LENGTHS,
     TRACKERS,
+    factor,
     integer,
     number,
     only_for,
@@ -48,6 +51,8 @@ def _files(migration: Migration, key: str, value: Any) -> None:
         migration.set("data.source", files[0])
     else:
         names = [re.sub(r"\W", "_", str(file).rsplit("/", 1)[-1].split(".")[0]) for file in files]
+        if len(set(names)) < len(names):  # files of one name in several folders
+            names = [f"{name}_{place}" for place, name in enumerate(names)]
         domains = [{"name": name, "source": file} for name, file in zip(names, files, strict=True)]
         migration.set("data.domains", domains)
 
@@ -197,6 +202,29 @@ def devices(value: Any) -> list[int]:
     return [device for first, last in ranges for device in range(int(first), int(last))]
 
 
+def _batch_size(migration: Migration) -> None:
+    training, config = "student.training_args.", "student.strategy_args.strategy_config."
+    size = factor(migration, f"{training}per_device_train_batch_size")
+    accumulated = factor(migration, f"{training}gradient_accumulation_steps")
+    splits = [factor(migration, config + name) for name in PARALLEL]
+    if size is None or accumulated is None or None in splits:
+        return
+    split = math.prod(n or 1 for n in splits)
+    ranks = max(1, migration.settings.get("train.num_processes", 1) // split)
+    migration.set("train.batch_size", size * accumulated * ranks)
+    migration.remark(
+        f"train.batch_size: {size} a process × {accumulated} accumulated × {ranks} data-parallel processes"
+    )
+
+
+def _into_domains(migration: Migration) -> None:
+    """What is said of several files is said of each."""
+    settings = migration.settings
+    keys = {f"data.{name}": name for name in SourceConfig.model_fields}
+    shared = {keys[key]: migration.drop(key) for key in list(settings) if key in keys}
+    settings["data.domains"] = [{**domain, **shared} for domain in settings["data.domains"]]
+
+
 def finish(migration: Migration) -> None:
     """What depends on several of their keys."""
     theirs, settings = migration.theirs, migration.settings
@@ -204,19 +232,8 @@ def finish(migration: Migration) -> None:
     migration.remark(
         "their pipeline trains on the data's answers: so does this; data.on_policy_fraction=1 to sample instead"
     )
-    training = "student.training_args."
-    size = theirs.get(f"{training}per_device_train_batch_size")
-    if size is not None:
-        config = "student.strategy_args.strategy_config."
-        split = 1
-        for name in PARALLEL:
-            split *= integer(theirs.get(config + name) or 1)
-        ranks = max(1, settings.get("train.num_processes", 1) // split)
-        accumulated = integer(theirs.get(f"{training}gradient_accumulation_steps") or 1)
-        migration.set("train.batch_size", integer(size) * accumulated * ranks)
-        migration.remark(
-            f"train.batch_size: {size} a process × {accumulated} accumulated × {ranks} data-parallel processes"
-        )
+    if theirs.get("student.training_args.per_device_train_batch_size") is not None:
+        _batch_size(migration)
     objective = settings.get("loss.objective")
     for key, owner in (
         ("loss.adaptive_alpha", ("adaptive_kl",)),
@@ -234,3 +251,5 @@ def finish(migration: Migration) -> None:
     if "data.max_prompt_tokens" in settings:
         migration.set("data.max_answer_tokens", settings["data.max_prompt_tokens"])
         migration.set("data.overlong", "drop")
+    if "data.domains" in settings:
+        _into_domains(migration)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from student_trainer.migrate.base import Migration
+from student_trainer.migrate.base import UNCONVERTIBLE, Migration
 
 DTYPES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32",
@@ -44,15 +44,33 @@ def truth(value: Any) -> bool:
 
 
 def number(value: Any) -> float | int:
-    found = float(value)
+    found = float(_no_switch(value))
     return int(found) if found.is_integer() and not re.search(r"[.e]", str(value)) else found
 
 
 def integer(value: Any) -> int:
-    found = float(value)
+    found = float(_no_switch(value))
     if not found.is_integer():
         raise ValueError(f"got {value!r}, expected a whole number")
     return int(found)
+
+
+def _no_switch(value: Any) -> Any:
+    """An option without a value is true, which Python takes for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"got {value!r}, expected a number")
+    return value
+
+
+def factor(migration: Migration, key: str) -> int | None:
+    """A whole number of theirs that others are multiplied by, 1 where they don't say; None, and left by name, where it
+    is no number."""
+    value = migration.theirs.get(key)
+    try:
+        return 1 if value is None else integer(value)
+    except UNCONVERTIBLE:
+        migration.leave(key, value, "expected a whole number: train.batch_size is not known without it")
+        return None
 
 
 def dataset(migration: Migration, key: str, value: Any) -> None:

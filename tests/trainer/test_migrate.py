@@ -272,6 +272,98 @@ def test_unknown_keys_and_values_are_named(tmp_path: Path) -> None:
     assert any("distillation.invented = 3" in line for line in notes)
 
 
+NOT_OF_THE_KIND = [
+    ("student_pretrain: S\nresume_from_checkpoint: null\n", "resume_from_checkpoint = None"),
+    ("student_pretrain: S\nteacher: {model_args: {dtype: auto}}\n", "teacher.model_args.dtype = 'auto'"),
+    ("student_pretrain: S\nstudent: {data_args: {file_name: null}}\n", "student.data_args.file_name = None"),
+    ("student_pretrain: S\nteacher: {device_mapping: 0}\n", "teacher.device_mapping = 0"),
+    (
+        "student_pretrain: S\nstudent: {training_args: {per_device_train_batch_size: '${oc.env:N}'}}\n",
+        "student.training_args.per_device_train_batch_size = '${oc.env:N}'",
+    ),
+    ("distillation: {}\ncluster: {gpus_per_node: '${no.such}'}\n", "cluster.gpus_per_node = '${no.such}'"),
+    ("distillation: {}\npolicy: {scheduler: [{name: a.LinearLR, kwargs: null}]}\n", "policy.scheduler = ["),
+    ("torchrun train_gpus.py --layers a b", "layers = ['a', 'b']"),
+    ("torchrun train_gpus.py --batch_size two", "batch_size = 'two'"),
+    ("python -m local_distill.train_on_policy_local --steps --batch_size 4", "steps = True"),
+]
+
+
+@pytest.mark.parametrize(("given", "named"), NOT_OF_THE_KIND, ids=[named for _, named in NOT_OF_THE_KIND])
+def test_a_value_of_another_kind_is_named_and_left(given: str, named: str, tmp_path: Path) -> None:
+    _, notes = migrated(given, tmp_path, ".yaml" if "\n" in given else "")
+    assert any(line.startswith(f"Not carried over: {named}") for line in notes), notes
+
+
+OVERRIDDEN = """
+distillation: {max_steps: 30, val_period: "${distillation.max_steps}"}
+policy:
+  model_name: M
+  max_grad_norm: 2.0
+  scheduler: [{name: torch.optim.lr_scheduler.CosineAnnealingLR, kwargs: {T_max: 30}}]
+data: {dataset_name: gsm8k}
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "changed"),
+    [
+        ("distillation.max_steps=50", {"train.steps": 50, "eval.every": 50}),
+        ("~policy.scheduler", {"optim.schedule": None}),
+        ("++policy={model_name: B}", {"student.model": "B"}),
+        ("policy.max_grad_norm=1e-1", {"optim.grad_clip": 0.1}),
+        ("policy.model_name=[B", {"student.model": "[B"}),
+    ],
+)
+def test_overrides_change_the_file_before_its_references_are_followed(
+    word: str, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(OVERRIDDEN)
+    plain, _ = migrated(str(file), tmp_path)
+    assert (plain["optim.schedule"], plain["eval.every"]) == ("cosine", 30)
+    found, notes = migrated(f"python run_distillation.py --config {file} '{word}'", tmp_path)
+    assert found == {key: value for key, value in {**plain, **changed}.items() if value is not None}
+    assert not any("not carried over" in line for line in notes)
+
+
+def test_words_that_are_no_overrides_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(OVERRIDDEN)
+    _, notes = migrated(f"python run_distillation.py extra --config {file} --multirun", tmp_path)
+    assert [line for line in notes if "not carried over" in line] == [
+        "Note: 'extra' of the command is no key=value, and not carried over.",
+        "Note: '--multirun' of the command is no key=value, and not carried over.",
+    ]
+
+
+def test_several_files_keep_what_is_said_of_all_of_them(tmp_path: Path) -> None:
+    text = (
+        "student_pretrain: S\nsequence_length: 512\n"
+        "student: {data_args: {file_name: [a/train.json, b/train.json], question_key: q, answer_key: r}}\n"
+    )
+    path = tmp_path / "theirs.yaml"
+    path.write_text(text)
+    migration = cli.migrate(str(path))
+    assert not migration.left
+    ours = yaml.safe_load(cli.as_yaml(migration))
+    config = TrainConfig.model_validate({**ours, "teacher": {"url": "grpc://host:1"}})
+    assert [(d.name, d.source) for d in config.data.domains] == [
+        ("train_0", "a/train.json"),
+        ("train_1", "b/train.json"),
+    ]
+    for domain in config.data.domains:
+        assert (domain.question_key, domain.answer_key, domain.max_prompt_tokens) == ("q", "r", 512)
+        assert (domain.max_answer_tokens, domain.overlong) == (512, "drop")
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_bytes(b"distillation: {a: '\xe9'}")
+    with pytest.raises(MigrationError, match=r"theirs\.yaml: not UTF-8 text"):
+        cli.migrate(str(file))
+
+
 def test_references_resolve() -> None:
     tree = {
         "a": {"b": 3, "c": "${a.b}", "d": "${.b}", "e": {"f": "${..b}", "g": "${mul:${a.b}, 2}"}},
