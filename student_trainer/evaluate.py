@@ -147,7 +147,7 @@ def final_answer(completion: str, answer: str) -> bool:
 
 
 def numeric_answer(completion: str, answer: str) -> bool:
-    """The last number of the completion has the value of the reference's last number (1,200 = 1200.0)."""
+    """The last number of the completion has the value of the reference's last number (1,200 = 1200.0 = 1.2e3)."""
     got, expected = _last_number(_marked(completion) or completion), _last_number(_marked(answer) or answer)
     return got is not None and got == expected
 
@@ -159,7 +159,7 @@ TASKS: dict[TaskName, Callable[[str, str], bool]] = {
 }
 
 _MARKS = re.compile(r"Answer:|####|\\boxed\{|\\.|[{}]")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")  # a minus sign is as good
 
 
 def _marked(text: str) -> str | None:
@@ -187,6 +187,6 @@ def _marked(text: str) -> str | None:
 def _last_number(text: str) -> Decimal | None:
     found = _NUMBER.findall(text)
     try:
-        return Decimal(found[-1].replace(",", "")) if found else None
+        return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
     except InvalidOperation:
         return None

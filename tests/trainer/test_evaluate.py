@@ -40,6 +40,12 @@ from student_trainer.types import Prompt, Rollout
         ("numeric_answer", "it is 1,200 dollars", "#### 1200.0", True),
         ("numeric_answer", "17 then 36.5", "36.5", True),
         ("numeric_answer", "-3", "3", False),
+        ("numeric_answer", "\u22123", "3", False),  # a minus sign
+        ("numeric_answer", "\u22123", "-3", True),
+        ("numeric_answer", ".5", "5", False),
+        ("numeric_answer", "it is .5.", "0.50", True),
+        ("numeric_answer", "5", "1e5", False),
+        ("numeric_answer", "about 1.2e+3", "1,200", True),
         ("numeric_answer", "none", "3", False),
         ("numeric_answer", "Answer: 7, not 9", "7", False),
     ],
