@@ -253,6 +253,12 @@ class TrainConfig(Section):
                 f"loss.{key}: got {getattr(self.loss, key)} with data.on_policy_fraction 1, expected none: "
                 "cross-entropy counts on fixed data only"
             )
+        if fraction > 0.0 and not self.loss.totals[1]:
+            key = "kl_weight" if self.loss.distill_weight is None else "distill_weight"
+            raise ValueError(
+                f"loss.{key}: got 0 with data.on_policy_fraction {fraction:g}, expected more, or on_policy_fraction 0: "
+                "nothing would be learned from what the student samples"
+            )
         idle = ["engine", "temperature", "top_p", "top_k", "greedy"] if fraction == 0.0 else []
         if fraction == 0.0 and not self.eval.every:
             idle.append("environment")

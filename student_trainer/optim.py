@@ -36,7 +36,7 @@ class OptimConfig(Section):
     """What is left alone by it. norms: their scales, and every other vector that is no bias, such as a state-space
     layer's rates; embeddings: matrices with a row for each token or position, the output head among them."""
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """After warm-up: constant; straight line or half cosine down to min_lr_ratio; or wsd: constant, then a straight
     line down over the last `decay_steps` steps."""
@@ -46,7 +46,7 @@ class OptimConfig(Section):
     """wsd only: length of the final decay, in steps."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Where linear, cosine and wsd end, as a share of the peak."""
-    grad_clip: float = Field(1.0, ge=0)
+    grad_clip: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Largest global gradient norm; 0: no clipping."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Keep an exponential moving average of the weights, e ← decay·e + (1−decay)·w after every update; it is saved in

@@ -200,7 +200,7 @@ class NamedTeacherConfig(TeacherConfig):
 
     domains: tuple[str, ...] = ()
     """With teaching.by domain: the domains whose prompts it teaches; none named: the one of its own name."""
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
     """With teaching.by mixture or sample: its share, relative to the others'; unset: 1."""
 
 

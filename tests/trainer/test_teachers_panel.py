@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -215,6 +216,10 @@ MORE = {"domains": [*DOMAINS, {"name": "law", "source": "l.txt"}]}
         ({"teachers": {**TWO, "law": {}}}, "expected one of teachers.law.url and teachers.law.model, got neither"),
         ({"teachers": {**TWO, "a b": {"url": "grpc://c:1"}}}, "got the name 'a b'"),
         ({"teachers": {**TWO, "law": {"url": "grpc://c:1", "weight": 2}}}, "teachers.law.weight: got 2.0 with"),
+        (
+            {"teachers": {**TWO, "law": {"url": "grpc://c:1", "weight": math.inf}}, "teaching": {"by": "mixture"}},
+            "teachers.law.weight",
+        ),
         (
             {"teachers": {**TWO, "law": {"url": "grpc://c:1", "domains": ["x"]}}, "teaching": {"by": "sample"}},
             "teachers.law.domains: got .* with teaching.by sample",

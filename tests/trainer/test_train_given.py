@@ -299,6 +299,14 @@ def test_mixed_supports_of_samples_and_fixed_data_make_one_batch(checkpoint, rol
         ({"loss": {"distill_weight": 0.5}}, "loss.distill_weight: got 0.5 with data.on_policy_fraction 1"),
         ({"loss": {"ce_weight": 0.5}}, "loss.ce_weight: got 0.5 with data.on_policy_fraction 1, expected none"),
         (
+            {"loss": {"ce_weight": 1.0, "kl_weight": 0.0}, "data": {"source": "x", "on_policy_fraction": 0.5}},
+            "loss.kl_weight: got 0 with data.on_policy_fraction 0.5, expected more, or on_policy_fraction 0",
+        ),
+        (
+            {"loss": {"distill_weight": 0.0}, "data": {"source": "x", "on_policy_fraction": 0.5}},
+            "loss.distill_weight: got 0 with data.on_policy_fraction 0.5, expected more",
+        ),
+        (
             {"loss": {"objective": "k2"}, "data": {"source": "x", "on_policy_fraction": 0.5}},
             "data.on_policy_fraction: got 0.5 with loss.objective k2, expected 1",
         ),
