@@ -34,6 +34,11 @@ DISK_ERRORS = (OSError, SafetensorError)
 """How a disk's refusal shows: safetensors has its own exception for it."""
 
 
+def is_kept(metric: str) -> bool:
+    """Whether checkpoints hold this metric. Times are not a step's own: a resumed run would differ by them."""
+    return "seconds" not in metric
+
+
 class CheckpointConfig(Section):
     save_every: int = Field(100, ge=0)
     """Steps between checkpoints; 0: only at the end."""
@@ -63,6 +68,11 @@ class CheckpointConfig(Section):
             raise ValueError(
                 f"metric: got {self.metric!r}, expected one of {', '.join(EVAL_METRICS)}, or a metric of "
                 "the training steps"
+            )
+        if not is_kept(self.metric):
+            raise ValueError(
+                f"metric: got {self.metric!r}, expected one that does not depend on the machine: times are not kept in "
+                "checkpoints"
             )
         if not self.push_to_hub and not self.hub_private:
             raise ValueError("hub_private: got false without push_to_hub, expected both or neither")
@@ -173,7 +183,7 @@ def require_measured(config: CheckpointConfig, figures: Mapping[str, float]) -> 
     if config.keep_top_k and not config.metric.startswith(EVAL_PREFIX) and config.metric not in figures:
         raise ValueError(
             f"checkpoint.metric: got {config.metric!r}, expected {', '.join(EVAL_METRICS)} or one of "
-            f"{', '.join(sorted(figures))}"
+            f"{', '.join(filter(is_kept, sorted(figures)))}"
         )
 
 

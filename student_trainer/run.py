@@ -84,6 +84,8 @@ class Run:
     tokens: int = 0  # completion tokens trained on so far
     evaluated_at: int = -1
     saved_at: int = -1
+    ranks: bool = False  # checkpoint.metric has been measured
+    kinds: set[bool] = field(default_factory=set)  # of steps so far: whether they were on fixed data
     figures: Metrics = field(default_factory=dict)  # of the step that `step` counts, its evaluation included
 
     @property
@@ -155,7 +157,7 @@ class Run:
         alarms, begun = self.alarms.look(figures)
         figures = {**figures, **alarms, **self.timeline.figures()}
         self.timeline.end_step(samples.step)
-        checkpoint.require_measured(self.config.checkpoint, figures)
+        self._require_ranking(figures)
         self.figures = figures
         for alarm in begun:
             self.console.say(f"step {self.step}: warning: {alarm}")
@@ -165,6 +167,17 @@ class Run:
         every = self.config.tracking.samples_every
         if every and self.step % every == 0 and self.dist.is_main:
             self.console.samples(self.step, metrics.sample_rows(scored, self._decode, SAMPLES_SHOWN))
+
+    def _require_ranking(self, figures: Metrics) -> None:
+        """Raises ValueError for a checkpoint.metric that no step has. One that some have may still come: of a teacher
+        that none of the samples so far fell to, or of the other kind of steps where data.mix is by steps."""
+        config, data = self.config.checkpoint, self.config.data
+        self.ranks = self.ranks or config.metric in figures
+        self.kinds.add(figures["fixed_samples"] > 0.0)
+        kinds = 2 if data.mix == "step" and 0.0 < data.on_policy_fraction < 1.0 else 1
+        is_a_teachers = config.metric.partition("/")[0] in self.config.teachers
+        if not (self.ranks or is_a_teachers or len(self.kinds) < kinds):
+            checkpoint.require_measured(config, figures)
 
     def evaluate_if_due(self) -> None:
         """Accuracy of the weights as they are."""
@@ -212,7 +225,7 @@ class Run:
             "bad_steps": self.bad_steps.in_a_row,
             "total_skipped": self.bad_steps.total,
             "alarms": self.alarms.state(),
-            "figures": {k: v for k, v in self.figures.items() if metrics.finite(v) and "seconds" not in k},
+            "figures": {k: v for k, v in self.figures.items() if metrics.finite(v) and checkpoint.is_kept(k)},
             "teacher_fingerprints": self.scorer.fingerprints,
             "past": self.past.state(),
             "prompts": resume.prompts_state(

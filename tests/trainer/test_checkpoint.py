@@ -240,6 +240,8 @@ def test_a_metric_that_no_step_has_is_refused_by_name() -> None:
     checkpoint.require_measured(checkpoint.CheckpointConfig(), {"loss": 1.0})
     with pytest.raises(ValueError, match=r"metric: got 'eval_acuracy', expected one of eval_accuracy"):
         checkpoint.CheckpointConfig(metric="eval_acuracy")
+    with pytest.raises(ValueError, match=r"metric: got 'seconds_wait', expected one that does not depend on the mach"):
+        checkpoint.CheckpointConfig(metric="seconds_wait")
     with pytest.raises(ValueError, match=r"mode: got 'min' with keep_top_k 0"):
         checkpoint.CheckpointConfig(mode="min", keep_top_k=0)
 

@@ -92,6 +92,18 @@ def test_the_best_checkpoint_stays_and_the_export_says_who_taught(train, served)
     assert f"| 6 | {losses[6]:.4g} |" in card
 
 
+def test_checkpoints_are_ranked_by_a_metric_that_only_some_steps_have(train, solvable) -> None:
+    mixed = (f"data.source={solvable}", "data.on_policy_fraction=0.5", "loss.distill_weight=0.5")
+    ranked = ("checkpoint.metric=cross_entropy", "checkpoint.mode=min", "checkpoint.save_every=1")
+    code, run_dir = train(*mixed, *ranked)
+    assert code == 0
+    found = {line["step"]: line.get("cross_entropy") for line in metrics(run_dir)}
+    assert found[1] is None, found  # else this shows nothing
+    values = {step: value for step, value in found.items() if value is not None}
+    best = min(values, key=lambda step: values[step])
+    assert (run_dir / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
+
+
 def documented_names() -> list[str]:
     """Names in the first column of the tables of metrics; `<…>` in one stands for any text."""
     names = []
