@@ -99,8 +99,12 @@ class Distributed:
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replaces each gradient by the ranks' sum. A rank where a parameter got none contributes zeros, so that every
-        rank takes part in the same collectives; a parameter that got none anywhere keeps zeros on all."""
+        rank takes part in the same collectives; a parameter that got none anywhere keeps zeros on all. One process has
+        zeros there, too: an optimizer passes over what has no gradient, but lets momentum and decay move what has 0."""
         if self.world == 1:
+            for parameter in parameters:
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
             return
         for bucket in _buckets([p for p in parameters if p.requires_grad]):
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]

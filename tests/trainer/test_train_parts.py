@@ -18,6 +18,7 @@ from tinymodels import ARCHITECTURES, save_tiny
 from student_trainer import guards
 from student_trainer.config import StudentConfig, TrainConfig, differences, experiment
 from student_trainer.distributed import BUCKET_BYTES, Distributed, _buckets, join, weights_digest
+from student_trainer.optim import OptimConfig, Optimizer
 from student_trainer.resume import ResumeError, claim, find_start, record
 from student_trainer.rollout.servers.engine import ServersSampler
 from student_trainer.rollout.vllm_side.request import Weights
@@ -432,3 +433,20 @@ def test_the_experiment_is_json_and_leaves_places_out(tmp_path) -> None:
     assert "teacher.url" not in flat
     assert "train.output_dir" not in flat
     assert {"student.model", "train.seed", "rollout.temperature", "loss.objective", "teacher.top_k"} <= flat.keys()
+
+
+def test_a_weight_that_no_token_reached_moves_on_one_process_as_on_several() -> None:
+    """Such as those of an expert that nothing was routed to in a step. Several processes sum zeros there."""
+    expert = torch.nn.Parameter(torch.ones(2, 2))
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    expected = torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+    ours = Optimizer([("expert", expert)], OptimConfig(learning_rate=0.1, weight_decay=0.1, grad_clip=0), 3)
+    theirs = torch.optim.AdamW([expected], lr=0.1, weight_decay=0.1, betas=(0.9, 0.95))
+    for step, value in enumerate((1.0, 0.0, 0.0)):
+        expert.grad = torch.full((2, 2), value) if value else None
+        expected.grad = torch.full_like(expected, value)
+        Distributed(0, 1, 0, CPU).sum_gradients([expert, frozen])
+        ours.step(step)
+        theirs.step()
+    assert frozen.grad is None
+    torch.testing.assert_close(expert.double(), expected, rtol=1e-6, atol=1e-6)
