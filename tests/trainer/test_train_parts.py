@@ -391,7 +391,8 @@ def test_differences_are_sorted_and_name_what_is_missing() -> None:
     [
         ({"teacher": {"model": "t"}}, "got both"),
         ({"teacher": {"url": ()}}, "got neither"),
-        ({"teacher": {"url": ("grpc://a:1", "grpc://b:1")}}, "2 URLs"),
+        ({"teacher": {"url": ("grpc://a:1", "grpc://a:1")}}, "'grpc://a:1' is there twice"),
+        ({"teacher": {"url": ("grpc://a:1", "openai+http://b:1/v1")}}, "is one of 2; expected it alone"),
         ({"teacher": {"top_k": -1}}, "0 or more"),
         ({"student": {"model": ""}}, "student.model is not set"),
         ({"data": {"source": ""}}, "data.source is not set"),
