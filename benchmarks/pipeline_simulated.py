@@ -1,8 +1,9 @@
 """`python -m benchmarks.pipeline_simulated`: the trainer's own schedules (threads, queues, division into micro-batches)
 around an engine, teachers and a learner that only take time. Real threads that sleep. Keys: benchmarks/README.md.
 
-The engine has SLOTS that decode one token in a fixed time each; the teacher takes WIDTH requests at a time and works on
-one of them, the learner on one micro-batch. Score and learn costs go by length.
+The engine has SLOTS that decode one token in a fixed time each; the teacher takes some requests at a time, each of some
+samples that it answers together, and works on one of them, the learner on one micro-batch. Score and learn costs go by
+length.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from student_trainer.pipeline.timeline import Timeline
 from student_trainer.types import Metrics, Prompt, Rollout, ScoredRollout
 from teacher_api.types import Scores
 
-SAMPLES, SLOTS, WIDTH, MEMBERS = 32, 8, 2, 2
-"""Samples of a step; decoded at once; requests at the teacher at once; samples of a micro-batch."""
+SAMPLES, SLOTS, MEMBERS = 32, 8, 2
+"""Samples of a step; decoded at once; samples of a micro-batch."""
+WIDTHS = (2, 1)
+"""Requests at the teacher at once, and samples of one: teacher.max_concurrency, teacher.request_sequences."""
 UNIT_S = 1.0
 """Seconds that a part of ratio 1 takes for a whole step, working alone."""
 RATIOS = {
@@ -125,8 +128,8 @@ class Still:
 class Teacher:
     """See feed.Asker: answers when the work would be done."""
 
-    def __init__(self, costs: Costs) -> None:
-        self._costs = costs
+    def __init__(self, costs: Costs, widths: tuple[int, int] = WIDTHS) -> None:
+        self._costs, self._widths = costs, widths
         self._taking = threading.Lock()
         self._free_at = 0.0
 
@@ -134,7 +137,7 @@ class Teacher:
         return ""
 
     def widths(self) -> dict[str, tuple[int, int]]:
-        return {"": (WIDTH, 1)}
+        return {"": self._widths}
 
     def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
         with self._taking:  # first come, first served
@@ -160,14 +163,16 @@ def sample(run: Any, draw: Draw, send: Send) -> None:
         send([rollout])
 
 
-def seconds(schedule: str, kind: str, costs: Costs, steps: int, staleness: int = 0) -> list[float]:
+def seconds(
+    schedule: str, kind: str, costs: Costs, steps: int, *, staleness: int = 0, widths: tuple[int, int] = WIDTHS
+) -> list[float]:
     """Wall clock of each step of a run that does nothing but wait."""
     run = SimpleNamespace(
         config=SimpleNamespace(
             train=SimpleNamespace(schedule=schedule, max_staleness=staleness, steps=steps),
             rollout=SimpleNamespace(is_elsewhere=True),
         ),
-        scorer=Teacher(costs), sampler=Engine(kind, costs), timeline=Timeline(), copied=Still(), step=0,
+        scorer=Teacher(costs, widths), sampler=Engine(kind, costs), timeline=Timeline(), copied=Still(), step=0,
     )  # fmt: skip
     taken = []
     with scheduled(run, draw, sample) as scheduler:  # type: ignore[arg-type]
@@ -203,18 +208,18 @@ def bounds(kind: str, costs: Costs) -> tuple[float, float]:
     return end, max(learner, teacher)
 
 
-def strict_point(ratio: str, kind: str) -> dict[str, float]:
+def strict_point(ratio: str, kind: str, widths: tuple[int, int] = WIDTHS) -> dict[str, float]:
     costs = Costs.of(RATIOS[ratio])
-    least = min(seconds("strict", kind, costs, 1)[0] for _ in range(TRIES))
+    least = min(seconds("strict", kind, costs, 1, widths=widths)[0] for _ in range(TRIES))
     in_order, any_order = bounds(kind, costs)
-    (sequential,) = seconds("sequential", kind, costs, 1)
+    (sequential,) = seconds("sequential", kind, costs, 1, widths=widths)
     return {"bound": least / in_order, "any_order": least / any_order, "sequential": sequential / least}
 
 
-def utilisation(ratio: str, kind: str) -> float:
+def utilisation(ratio: str, kind: str, widths: tuple[int, int] = WIDTHS) -> float:
     """Share of the time in which the slowest part works, over the steps that neither begin nor end the run."""
     costs = Costs.of(RATIOS[ratio])
-    taken = seconds("async", kind, costs, ASYNC_STEPS, staleness=1)[WARM_STEPS:-1]
+    taken = seconds("async", kind, costs, ASYNC_STEPS, staleness=1, widths=widths)[WARM_STEPS:-1]
     work = np.zeros(3)
     for step in range(WARM_STEPS, ASYNC_STEPS - 1):
         tokens = lengths(kind, step)
@@ -223,12 +228,12 @@ def utilisation(ratio: str, kind: str) -> float:
     return float(work.max() / sum(taken))
 
 
-def simulated() -> dict[str, float]:
+def simulated(widths: tuple[int, int] = WIDTHS) -> dict[str, float]:
     """`strict_vs_bound`, `utilisation_async` and what belongs to them."""
     points = [(ratio, kind) for ratio in RATIOS for kind in LENGTHS]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        strict = list(pool.map(lambda point: strict_point(*point), points))
-        used = list(pool.map(lambda point: utilisation(*point), points))
+        strict = list(pool.map(lambda point: strict_point(*point, widths), points))
+        used = list(pool.map(lambda point: utilisation(*point, widths), points))
     for point, figures, share in zip(points, strict, used, strict=True):
         print(
             f"{point[0]:12} {point[1]:10} " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()),
@@ -245,8 +250,10 @@ def simulated() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--requests", type=int, default=WIDTHS[0], help="at the teacher at once (the trainer's: 8)")
+    parser.add_argument("--sequences", type=int, default=WIDTHS[1], help="of a request, at most (the trainer's: 8)")
     options = parser.parse_args()
-    figures = simulated()
+    figures = simulated((options.requests, options.sequences))
     print(json.dumps(figures, indent=1))
     if options.json:
         options.json.write_text(json.dumps(figures))
