@@ -2,8 +2,7 @@
 around an engine, teachers and a learner that only take time. Real threads that sleep. Keys: benchmarks/README.md.
 
 The engine has SLOTS that decode one token in a fixed time each; the teacher takes some requests at a time, each of some
-samples that it answers together, and works on one of them, the learner on one micro-batch. Score and learn costs go by
-length.
+samples, and works on one sample, the learner on one micro-batch. Score and learn costs go by length.
 """
 
 from __future__ import annotations
@@ -139,12 +138,14 @@ class Teacher:
     def widths(self) -> dict[str, tuple[int, int]]:
         return {"": self._widths}
 
-    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> Iterator[tuple[ScoredRollout, Metrics]]:
         with self._taking:  # first come, first served
-            begun = max(time.perf_counter(), self._free_at)
-            self._free_at = done = begun + sum(r.num_tokens for r in rollouts) * self._costs.score
-        until(done)
-        return [ScoredRollout(r, _scores(r)) for r in rollouts], [{}] * len(rollouts)
+            done = max(time.perf_counter(), self._free_at)
+            self._free_at = done + sum(r.num_tokens for r in rollouts) * self._costs.score
+        for rollout in rollouts:
+            done += rollout.num_tokens * self._costs.score
+            until(done)
+            yield ScoredRollout(rollout, _scores(rollout)), {}
 
 
 def _scores(rollout: Rollout) -> Scores:

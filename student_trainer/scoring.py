@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -223,32 +223,45 @@ class TeacherScorer:
             TeacherError: it refused (a typed error of the contract).
             ScoreError: an answer is missing, doubled, or not finite, or was withheld each time as not finite.
         """
-        send = self.options.top_k != "all"
-        return self.ask(rollouts, [_students(r) if send else None for r in rollouts], self.options)
+        return in_order(rollouts, self.arriving(rollouts))
 
     def ask(
         self, rollouts: Sequence[Rollout], candidates: Sequence[Candidates | None], options: ScoreOptions
     ) -> list[ScoredRollout]:
         """As `score`, with candidates of the caller's choice for each rollout."""
+        return in_order(rollouts, self.arriving(rollouts, candidates, options))
+
+    def arriving(
+        self,
+        rollouts: Sequence[Rollout],
+        candidates: Sequence[Candidates | None] | None = None,
+        options: ScoreOptions | None = None,
+    ) -> Iterator[ScoredRollout]:
+        """As `ask`, by default with what `score` asks for, each as soon as it is scored."""
+        options = self.options if options is None else options
+        if candidates is None:
+            candidates = [_students(r) if options.top_k != "all" else None for r in rollouts]
         if not rollouts:
-            return []
+            return
         started = time.monotonic()
-        answers: dict[str, Scores] = {}
+        open_ones = {str(r.uid): r for r in rollouts}
         by_uid = {r.uid: chosen for r, chosen in zip(rollouts, candidates, strict=True)}
         try:
             for scores in self._client.score_many(self._requests(rollouts, by_uid, options)):
-                if scores.id in answers:
+                rollout = open_ones.pop(scores.id, None)
+                if rollout is None:
                     raise ScoreError(f"{self._who} answered sample {scores.id} twice")
-                answers[scores.id] = scores
+                yield self._scored(rollout, scores, options)
         except TeacherError as error:
             raise _classified(error, self._url, time.monotonic() - started, self.name) from error
-        missing = [r.uid for r in rollouts if str(r.uid) not in answers]
-        if missing:
-            raise ScoreError(f"{self._who} left out {len(missing)} of {len(rollouts)} samples, such as {missing[0]}")
+        if open_ones:
+            first = next(iter(open_ones))
+            raise ScoreError(f"{self._who} left out {len(open_ones)} of {len(rollouts)} samples, such as {first}")
+
+    def _scored(self, rollout: Rollout, scores: Scores, options: ScoreOptions) -> ScoredRollout:
         try:
-            aligned = [privileged.aligned(r, answers[str(r.uid)], self.name) for r in rollouts]
-            pairs = zip(rollouts, aligned, strict=True)
-            return [ScoredRollout(r, _checked(r, scores, options), self.name) for r, scores in pairs]
+            aligned = privileged.aligned(rollout, scores, self.name)
+            return ScoredRollout(rollout, _checked(rollout, aligned, options), self.name)
         except ValueError as error:  # positions that are not the sample's
             raise ScoreError(str(error)) from error
 
@@ -277,6 +290,12 @@ class TeacherScorer:
                 ],
                 options=options,
             )
+
+
+def in_order(rollouts: Sequence[Rollout], scored: Iterable[ScoredRollout]) -> list[ScoredRollout]:
+    """What came in any order, in that of `rollouts`."""
+    found = {each.rollout.uid: each for each in scored}
+    return [found[rollout.uid] for rollout in rollouts]
 
 
 def _students(rollout: Rollout) -> Candidates | None:

@@ -28,6 +28,7 @@ from teacher_api.v1 import teacher_pb2 as pb
 
 T = TypeVar("T")
 Answers = dict[str, Scores | TeacherError]
+Tell = Callable[[Scores | TeacherError], None]
 
 _log = logging.getLogger("teacher_api")
 
@@ -54,6 +55,19 @@ class Deadline:
 
     def left_s(self) -> float:
         return self.at - asyncio.get_running_loop().time()
+
+
+class _Told(Answers):
+    """Answers that somebody hears of when they are put here."""
+
+    def __init__(self, tell: Tell | None) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def __setitem__(self, name: str, answer: Scores | TeacherError) -> None:
+        super().__setitem__(name, answer)
+        if self._tell is not None:
+            self._tell(answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,14 +263,18 @@ class Asker:
 
         await retrying(once, deadline)
 
-    async def ask(self, request: ScoreRequest, part: Part, fingerprint: str, deadline: Deadline) -> Answers:
-        """An answer or an error for each completion of the part. Raises nothing but bugs and cancellation."""
-        answers: Answers = {}
+    async def ask(
+        self, request: ScoreRequest, part: Part, fingerprint: str, deadline: Deadline, tell: Tell | None = None
+    ) -> Answers:
+        """An answer or an error for each completion of the part; `tell` is given each as soon as it is final. Raises
+        nothing but bugs and cancellation."""
+        answers = _Told(tell)
         try:
             await retrying(lambda: self._attempt(request, part, fingerprint, deadline, answers), deadline)
         except TeacherError as error:
             for name in part.questions:
-                answers.setdefault(name, error)
+                if name not in answers:
+                    answers[name] = error
         return answers
 
     def _limit_s(self, deadline: Deadline) -> float:

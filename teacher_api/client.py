@@ -14,11 +14,12 @@ from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, I
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from teacher_api import info as info_api
-from teacher_api.asking import Answers, Asker, Deadline, Part, parts_of
+from teacher_api.asking import Answers, Asker, Deadline, Part, Tell, parts_of
 from teacher_api.compression import FEATURE, Compression
 from teacher_api.endpoints import Endpoint, open_transport, urls_of
 from teacher_api.errors import FingerprintMismatch, InvalidRequest, TeacherError, Unsupported, unknown_teacher
@@ -216,8 +217,8 @@ class AsyncTeacherClient:
         return answers if return_errors else _scores_only(answers)
 
     async def score_many(self, requests: Iterable[ScoreRequest] | AsyncIterable[ScoreRequest]) -> AsyncIterator[Scores]:
-        """Scores of any number of requests, over streams, as requests finish. Completion ids should be unique over all
-        of them: they are all that tells the answers apart.
+        """Scores of any number of requests, over streams, each completion's as soon as it is scored. Completion ids
+        should be unique over all of them: they are all that tells the answers apart.
 
         At most `max_concurrency` requests are taken from `requests` ahead of what has been consumed. Each has
         `timeout_s` of its own; the time that its answer waits to be consumed does not count.
@@ -227,7 +228,7 @@ class AsyncTeacherClient:
         """
         source = _as_async(requests)
         running: set[asyncio.Task[list[Scores | TeacherError]]] = set()
-        done: set[asyncio.Task[list[Scores | TeacherError]]] = set()
+        news: asyncio.Queue[Scores | TeacherError | asyncio.Task[list[Scores | TeacherError]]] = asyncio.Queue()
         exhausted = False
         try:
             while running or not exhausted:
@@ -237,19 +238,29 @@ class AsyncTeacherClient:
                     except StopAsyncIteration:
                         exhausted = True
                         break
-                    running.add(asyncio.ensure_future(self._answers(request, streamed=True)))
+                    task = asyncio.create_task(self._answers(request, streamed=True, tell=news.put_nowait))
+                    task.add_done_callback(
+                        news.put_nowait
+                    )  # after its answers: they are consumed before its place is free
+                    running.add(task)
                 if not running:
                     break
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                while done:
-                    for scores in _scores_only(done.pop().result()):
-                        yield scores
+                came = await news.get()
+                if isinstance(came, asyncio.Task):
+                    running.discard(came)
+                    came.result()
+                elif isinstance(came, TeacherError):
+                    raise came
+                else:
+                    yield came
         finally:
             for task in running:
                 task.cancel()
-            await asyncio.gather(*running, *done, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
 
-    async def _answers(self, request: ScoreRequest, *, streamed: bool) -> list[Scores | TeacherError]:
+    async def _answers(
+        self, request: ScoreRequest, *, streamed: bool, tell: Tell | None = None
+    ) -> list[Scores | TeacherError]:
         _check_shape(request)
         deadline = Deadline.after(self._timeout_s if request.timeout_s is None else request.timeout_s)
         request = replace(request, teacher=request.teacher or self._teacher_name)
@@ -263,7 +274,7 @@ class AsyncTeacherClient:
             request = replace(request, metadata=self._metadata)
 
         async def ask(part: Part) -> Answers:
-            return await self._asker.ask(request, part, info.fingerprint, deadline)
+            return await self._asker.ask(request, part, info.fingerprint, deadline, tell)
 
         parts = list(parts_of(request, info, streamed=streamed))
         async with asyncio.TaskGroup() as group:
@@ -451,6 +462,7 @@ class TeacherClient:
         """As AsyncTeacherClient.score_many; `requests` is iterated in the calling thread."""
         source = iter(requests)
         running: set[concurrent.futures.Future[list[Scores | TeacherError]]] = set()
+        news: SimpleQueue[Scores | TeacherError | concurrent.futures.Future[Any]] = SimpleQueue()
         exhausted = False
         try:
             while running or not exhausted:
@@ -459,12 +471,19 @@ class TeacherClient:
                     if request is None:
                         exhausted = True
                     else:
-                        running.add(self._submit(self._client._answers(request, streamed=True)))
+                        future = self._submit(self._client._answers(request, streamed=True, tell=news.put))
+                        future.add_done_callback(news.put)
+                        running.add(future)
                 if not running:
                     break
-                done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-                while done:
-                    yield from _scores_only(done.pop().result())
+                came = news.get()
+                if isinstance(came, concurrent.futures.Future):
+                    running.discard(came)
+                    came.result()
+                elif isinstance(came, TeacherError):
+                    raise came
+                else:
+                    yield came
         finally:
             for future in running:
                 future.cancel()

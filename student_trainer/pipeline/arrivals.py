@@ -84,7 +84,7 @@ class Arrivals:
         if isinstance(event, BaseException):
             raise event
         if isinstance(event, Answer):
-            for scored, sums in zip(event.scored, event.sums, strict=True):
-                self._scored[scored.rollout.uid], self._sums[scored.rollout.uid] = scored, sums
+            uid = event.scored.rollout.uid
+            self._scored[uid], self._sums[uid] = event.scored, event.sums
         else:
             self._sampled.add(event.uid)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -21,10 +21,10 @@ from student_trainer.types import Metrics, Rollout, ScoredRollout
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Of one request."""
+    """Of one sample."""
 
-    scored: Sequence[ScoredRollout]
-    sums: Sequence[Metrics]  # what Panel.ask tells of each
+    scored: ScoredRollout
+    sums: Metrics  # what Panel.ask tells of it
 
 
 Event = Rollout | Answer | BaseException
@@ -42,8 +42,9 @@ class Asker(Protocol):
         """Of each queue: requests in flight at a time, and samples in one."""
         ...
 
-    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
-        """The scores of samples of the queue `name`, and sums to be added up; called from several threads at once."""
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> Iterator[tuple[ScoredRollout, Metrics]]:
+        """The scores of samples of the queue `name`, each as soon as it is there, and sums to be added up; called from
+        several threads at once."""
         ...
 
 
@@ -116,8 +117,8 @@ class Feed:
         first, rollouts = request[0], [sent.rollout for sent in request]
         try:
             with self._timeline.span("score", first.step, samples=len(rollouts), teacher=name):
-                answer = Answer(*self._panel.ask(name, rollouts))
-            first.arrivals.put(answer)
+                for scored, sums in self._panel.ask(name, rollouts):
+                    first.arrivals.put(Answer(scored, sums))
         except BaseException as error:  # carried to the thread that waits
             first.arrivals.put(error)
         finally:

@@ -135,10 +135,10 @@ class Panel:
         TeacherScorer.score."""
         self._sums = {}
         if len(self._names) == 1 or self._by == "mixture":
-            scored, sums = self.ask(self._only, rollouts)
-            for each in sums:
-                metrics.add(self._sums, each)
-            return scored
+            found = {scored.rollout.uid: (scored, sums) for scored, sums in self.ask(self._only, rollouts)}
+            for rollout in rollouts:
+                metrics.add(self._sums, found[rollout.uid][1])
+            return [found[rollout.uid][0] for rollout in rollouts]
         chosen = [self.teacher_of(rollout) for rollout in rollouts]
         parts = {n: [r for r, c in zip(rollouts, chosen, strict=True) if c == n] for n in self._names}
         views = self._at_once(lambda member: member.scorer.score(parts[member.name]))
@@ -164,14 +164,16 @@ class Panel:
             return {ONLY: (min(width), min(most))}
         return widths
 
-    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
-        """The scores of samples of the queue `name`, and of each what `figures` is to be given the sum of. Threads may
-        share it. Raises as TeacherScorer.score."""
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> Iterator[tuple[ScoredRollout, Metrics]]:
+        """The scores of samples of the queue `name`, each as soon as it is there (of a mixture, when all are), and what
+        `figures` is to be given the sum of. Threads may share it. Raises as TeacherScorer.score."""
         if self._by == "mixture" and len(self._names) > 1:
-            return self._mixed(rollouts)
-        scored = self._timed(lambda member: member.scorer.score(rollouts), self.members[name])
-        several = len(self._names) > 1
-        return scored, [{f"{name}/tokens": float(s.rollout.num_tokens)} if several else {} for s in scored]
+            yield from zip(*self._mixed(rollouts), strict=True)
+            return
+        several, member = len(self._names) > 1, self.members[name]
+        with self._span(member):
+            for scored in member.scorer.arriving(rollouts):
+                yield scored, {f"{name}/tokens": float(scored.rollout.num_tokens)} if several else {}
 
     def figures(self, sum_metrics: Callable[[Metrics], Metrics], sums: Metrics | None = None) -> Metrics:
         """By teacher: tokens it scored on all ranks, and in a mixture the mean of log q_old(y) − log p(y) and its mass
@@ -245,9 +247,14 @@ class Panel:
         future.set_result(result)
 
     def _timed(self, ask: Callable[[Member], T], member: Member) -> T:
+        with self._span(member):
+            return ask(member)
+
+    @contextlib.contextmanager
+    def _span(self, member: Member) -> Iterator[None]:
         started = time.monotonic()
         try:
-            return ask(member)
+            yield
         finally:
             self._asked.put((member.name, started, time.monotonic()))
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -117,6 +118,7 @@ class FakeTeacher:
         self.in_flight = self.most_in_flight = 0
         self.down = False  # it refuses everything, as a server does that is starting
         self.delay_s = 0.0  # of each score call
+        self.held: dict[str, threading.Event] = {}  # completions whose frames wait
         self.arrived: list[float] = []  # the loop's time of each score call
         self.limits = {"max_completions": 64, "max_request_bytes": 1 << 20, "max_response_bytes": 1 << 20, **limits}
 
@@ -155,6 +157,8 @@ class FakeTeacher:
             raise fault.error
         sent = 0
         for name, entry in zip(decoded.ids, decoded.entries, strict=True):
+            while name in self.held and not self.held[name].is_set():
+                await asyncio.sleep(0.005)
             for frame in self._frames_of(name, fault.of.get(name, entry), decoded.request, split):
                 if fault.break_after is not None and sent >= fault.break_after:
                     raise Broken

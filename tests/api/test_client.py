@@ -165,6 +165,24 @@ def test_the_synchronous_client():
     assert set(threading.enumerate()) <= threads  # an earlier test's may have ended meanwhile
 
 
+def test_completions_are_delivered_while_the_rest_of_their_request_is_scored(serve):
+    """By both clients: each is let out only when the one before it has been handed on."""
+    teacher, request = FakeTeacher(), a_request(3)
+
+    async def work(client):
+        return [(scores, release(scores)) async for scores in client.score_many([request])]
+
+    def release(scores):
+        for later in request.completions[int(scores.id[1:]) + 1 :][:1]:
+            teacher.held[later.id].set()
+
+    teacher.held = {c.id: threading.Event() for c in request.completions[1:]}
+    check(request, [scores for scores, _ in run(serve, teacher, work)])
+    teacher.held = {c.id: threading.Event() for c in request.completions[1:]}
+    with _InThread(teacher, serve) as url, TeacherClient(url, timeout_s=20) as client:
+        check(request, [(scores, release(scores))[0] for scores in client.score_many([request])])
+
+
 def test_a_server_that_knows_no_adapters_is_not_asked_for_one(serve):
     """It would ignore the field and answer as its base."""
     teacher = FakeTeacher()

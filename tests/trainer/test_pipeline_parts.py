@@ -9,7 +9,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,15 +75,20 @@ class Gate:
     def widths(self) -> dict[str, tuple[int, int]]:
         return {"": (self.width, self.most)}
 
-    def ask(self, name: str, rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], list[Metrics]]:
-        uids = [r.uid for r in rollouts]
+    def ask(self, name: str, rollouts: Sequence[Rollout]) -> Iterator[tuple[ScoredRollout, Metrics]]:
         with self.changed:
-            self.asked.append(uids)
+            self.asked.append([r.uid for r in rollouts])
             self.changed.notify_all()
-            assert self.changed.wait_for(lambda: self.failure or self.open.issuperset(uids), WAIT_S)
-        if self.failure:
-            raise self.failure
-        return scored(rollouts), [{"tokens": float(r.num_tokens)} for r in rollouts]
+        still = list(rollouts)
+        while still:
+            with self.changed:
+                assert self.changed.wait_for(lambda: self.failure or any(r.uid in self.open for r in still), WAIT_S)
+                ready = [r for r in still if r.uid in self.open]
+            if self.failure:
+                raise self.failure
+            for rollout in ready:
+                still.remove(rollout)
+                yield scored([rollout])[0], {"tokens": float(rollout.num_tokens)}
 
     def let(self, *uids: int) -> None:
         with self.changed:
@@ -212,6 +217,22 @@ def test_samples_leave_at_once_and_those_that_wait_leave_together() -> None:
     assert gate.asked[:2] == [[0], [1]]
     assert [2, 4, 6] in gate.asked
     assert arrivals.sums() == {"tokens": 16.0}
+
+
+def test_a_micro_batch_is_learned_from_while_the_rest_of_a_request_is_scored() -> None:
+    gate, timeline = Gate(width=1, most=4), Timeline()
+    feed = Feed(gate, timeline)
+    arrivals = Arrivals(0, range(4), feed, timeline)
+    arrivals.send([rollout(uid) for uid in range(4)])
+    gate.until_asked(1)
+    batches = arrivals.micro_batches(InOrder(10**6, 2, Packing(packed=True)))
+    gate.let(1)
+    gate.let(0)
+    assert [s.rollout.uid for s in next(batches)] == [0, 1]
+    gate.let(2, 3)
+    assert [[s.rollout.uid for s in batch] for batch in batches] == [[2, 3]]
+    feed.close()
+    assert sorted(uid for asked in gate.asked for uid in asked) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 0, 5, 3, 1, 4]])

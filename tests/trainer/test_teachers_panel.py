@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,17 @@ class Scorer:
         self.reached = threading.Event()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        return list(self.arriving(rollouts))[::-1]
+
+    def arriving(self, rollouts: Sequence[Rollout]) -> Iterator[ScoredRollout]:
         self.asked = [r.uid for r in rollouts]
         self.reached.set()
         if self.error:
             raise self.error
         if self.wait is not None:
             assert self.wait.wait(20), "the other teacher was not asked meanwhile"
-        return [ScoredRollout(r, self._scores(r), self.name) for r in rollouts]
+        for rollout in reversed(rollouts):  # whichever order
+            yield ScoredRollout(rollout, self._scores(rollout), self.name)
 
     def _scores(self, rollout: Rollout) -> Scores:
         values = np.full(rollout.num_tokens, self.value, np.float32)
