@@ -23,7 +23,7 @@ from teacher_api.endpoints import Endpoint
 from teacher_api.types import Completion, ScoreRequest
 from teacher_api.v1 import teacher_pb2 as pb
 
-pytestmark = pytest.mark.usefixtures("quick_retries")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_retries")]
 
 
 @asynccontextmanager
@@ -302,7 +302,6 @@ def test_limits_and_features_are_what_all_replicas_have():
 # ---- C2 --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("outage_s", [3.0, pytest.param(10.0, marks=pytest.mark.long)])
 @pytest.mark.parametrize("how", ["gone", "refusing"])
 def test_c2_after_an_outage_32_clients_come_back_one_by_one(outage_s: float, how: str, record_property: Any):
