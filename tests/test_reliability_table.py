@@ -12,6 +12,8 @@ import reliability_table
 from reliability import holds
 from reliability_table import BEGIN, END, NOT_ON_A_CPU, ROWS
 
+pytestmark = pytest.mark.slow
+
 SUITE = """
 from reliability import holds
 

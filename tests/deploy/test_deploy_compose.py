@@ -23,6 +23,8 @@ from teacher_server.front import Front
 from teacher_server.lifecycle import Lifecycle
 from teacher_server.tenants import read_tenants
 
+pytestmark = pytest.mark.slow
+
 TEACHER_IMAGES, STUDENT_IMAGE = (
     stages_of(DEPLOY / "teacher.Dockerfile"),
     stages_of(DEPLOY / "student.Dockerfile"),

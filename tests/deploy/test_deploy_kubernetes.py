@@ -23,6 +23,8 @@ from serving import serving
 from teacher_server.app import CLOSE_S
 from teacher_server.config import ServerConfig
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = {"one": DEPLOY / "kubernetes", "multi-node": DEPLOY / "kubernetes/multi-node"}
 NOT_FOR_THE_API = {"kustomization.yaml", "custom-metrics.yaml"}
 VERSIONS = ("1.31", "1.34", "1.37")

@@ -14,6 +14,8 @@ from teacher_api.types import Candidates, ScoreOptions, Scores
 from teacher_server.backends.base import ScoreJob
 from teacher_server.cache_entries import KEPT, Damaged, key_of, num_bytes, opened, sealed
 
+pytestmark = pytest.mark.slow
+
 OTHER: dict[str, st.SearchStrategy[Any]] = {
     "top_k": st.one_of(st.integers(0, 300), st.just("all")),
     "temperature": st.floats(1e-3, 1e3),

@@ -11,6 +11,8 @@ from benchmarks import sharing_fleet
 from teacher_server.caller import Caller
 from tests.reliability import holds
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 def test_a_thousand_clients_share_a_teacher_and_none_starves(record_property):

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from student_trainer import checkpoint
 from student_trainer.optim import OptimConfig, Optimizer
 
+pytestmark = pytest.mark.slow
+
 
 def trained(arch: str = "qwen3", seed: int = 0) -> tuple[Any, Optimizer]:
     """A tiny model after one update on random gradients."""

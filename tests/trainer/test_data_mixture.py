@@ -13,6 +13,8 @@ from tinymodels import tiny_tokenizer
 
 from student_trainer.data import DataConfig, DataError, Prompts, load_prompts, open_prompts
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"math": 30, "code": 7, "chat": 100}
 
 

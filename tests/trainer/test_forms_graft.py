@@ -28,6 +28,8 @@ from student_trainer.train import accumulate, learn
 from student_trainer.types import Prompt
 from teacher_api import causal_lm
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 IDS = (torch.arange(40) * 7 % 120)[None]
 PAIRS = [  # a student, whose layers it gets, which

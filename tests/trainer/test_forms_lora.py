@@ -26,6 +26,8 @@ from student_trainer.train import accumulate, learn
 from student_trainer.types import Prompt
 from teacher_server.backends.adapters import read_adapters
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -18,6 +18,8 @@ import pytest
 from student_trainer import hub
 from student_trainer.checkpoint import CheckpointConfig
 
+pytestmark = pytest.mark.slow
+
 FILES = {
     "README.md": b"---\nlibrary_name: transformers\n---\n# s\n",
     "config.json": b"{}",

@@ -26,6 +26,8 @@ from student_trainer.losses.rows import loss_rows
 from student_trainer.losses.student_side import StudentRows
 from teacher_api.causal_lm import Parts
 
+pytestmark = pytest.mark.slow
+
 N, H, W, V, R = 23, 16, 61, 57, 64
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -22,6 +22,8 @@ from student_trainer.rollout.servers.remote import Info
 from student_trainer.rollout.transfer import Packed
 from student_trainer.rollout.vllm_side.request import Draws, Record, Weights
 
+pytestmark = pytest.mark.slow
+
 URLS = ("http://a:1", "http://b:2", "http://c:3")
 TEXT = np.arange(4, dtype=np.int32)
 

@@ -24,6 +24,8 @@ from student_trainer.teachers import panel
 from student_trainer.types import Prompt, Rollout
 from teacher_api.types import LOGPROB_FLOOR
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, WIDTH = 120, 128
 SEEDS = {"left": 1, "right": 5}
 WEIGHTS = {"left": 3.0, "right": 1.0}
