@@ -25,6 +25,7 @@ import numpy as np
 
 from student_trainer.microbatch import InOrder
 from student_trainer.packing import Packing
+from student_trainer.pipeline.feed import Width
 from student_trainer.pipeline.schedule import Draw, Send, scheduled
 from student_trainer.pipeline.timeline import Timeline
 from student_trainer.types import Metrics, Prompt, Rollout, ScoredRollout
@@ -32,8 +33,9 @@ from teacher_api.types import Scores
 
 SAMPLES, SLOTS, MEMBERS = 32, 8, 2
 """Samples of a step; decoded at once; samples of a micro-batch."""
-WIDTHS = (2, 1)
-"""Requests at the teacher at once, and samples of one: teacher.max_concurrency, teacher.request_sequences."""
+WIDTH = Width(requests=8, samples=8, tokens=1)
+"""Of the teacher: the trainer's defaults (teacher.max_concurrency, teacher.request_sequences), and that it says of
+itself that it works on one sample at a time."""
 UNIT_S = 1.0
 """Seconds that a part of ratio 1 takes for a whole step, working alone."""
 RATIOS = {
@@ -127,16 +129,16 @@ class Still:
 class Teacher:
     """See feed.Asker: answers when the work would be done."""
 
-    def __init__(self, costs: Costs, widths: tuple[int, int] = WIDTHS) -> None:
-        self._costs, self._widths = costs, widths
+    def __init__(self, costs: Costs, width: Width = WIDTH) -> None:
+        self._costs, self._width = costs, width
         self._taking = threading.Lock()
         self._free_at = 0.0
 
     def route(self, rollout: Rollout) -> str:
         return ""
 
-    def widths(self) -> dict[str, tuple[int, int]]:
-        return {"": self._widths}
+    def widths(self) -> dict[str, Width]:
+        return {"": self._width}
 
     def ask(self, name: str, rollouts: Sequence[Rollout]) -> Iterator[tuple[ScoredRollout, Metrics]]:
         with self._taking:  # first come, first served
@@ -165,7 +167,7 @@ def sample(run: Any, draw: Draw, send: Send) -> None:
 
 
 def seconds(
-    schedule: str, kind: str, costs: Costs, steps: int, *, staleness: int = 0, widths: tuple[int, int] = WIDTHS
+    schedule: str, kind: str, costs: Costs, steps: int, *, staleness: int = 0, width: Width = WIDTH
 ) -> list[float]:
     """Wall clock of each step of a run that does nothing but wait."""
     run = SimpleNamespace(
@@ -173,7 +175,7 @@ def seconds(
             train=SimpleNamespace(schedule=schedule, max_staleness=staleness, steps=steps),
             rollout=SimpleNamespace(is_elsewhere=True),
         ),
-        scorer=Teacher(costs, widths), sampler=Engine(kind, costs), timeline=Timeline(), copied=Still(), step=0,
+        scorer=Teacher(costs, width), sampler=Engine(kind, costs), timeline=Timeline(), copied=Still(), step=0,
     )  # fmt: skip
     taken = []
     with scheduled(run, draw, sample) as scheduler:  # type: ignore[arg-type]
@@ -209,18 +211,18 @@ def bounds(kind: str, costs: Costs) -> tuple[float, float]:
     return end, max(learner, teacher)
 
 
-def strict_point(ratio: str, kind: str, widths: tuple[int, int] = WIDTHS) -> dict[str, float]:
+def strict_point(ratio: str, kind: str, width: Width = WIDTH) -> dict[str, float]:
     costs = Costs.of(RATIOS[ratio])
-    least = min(seconds("strict", kind, costs, 1, widths=widths)[0] for _ in range(TRIES))
+    least = min(seconds("strict", kind, costs, 1, width=width)[0] for _ in range(TRIES))
     in_order, any_order = bounds(kind, costs)
-    (sequential,) = seconds("sequential", kind, costs, 1, widths=widths)
+    (sequential,) = seconds("sequential", kind, costs, 1, width=width)
     return {"bound": least / in_order, "any_order": least / any_order, "sequential": sequential / least}
 
 
-def utilisation(ratio: str, kind: str, widths: tuple[int, int] = WIDTHS) -> float:
+def utilisation(ratio: str, kind: str, width: Width = WIDTH) -> float:
     """Share of the time in which the slowest part works, over the steps that neither begin nor end the run."""
     costs = Costs.of(RATIOS[ratio])
-    taken = seconds("async", kind, costs, ASYNC_STEPS, staleness=1, widths=widths)[WARM_STEPS:-1]
+    taken = seconds("async", kind, costs, ASYNC_STEPS, staleness=1, width=width)[WARM_STEPS:-1]
     work = np.zeros(3)
     for step in range(WARM_STEPS, ASYNC_STEPS - 1):
         tokens = lengths(kind, step)
@@ -229,12 +231,12 @@ def utilisation(ratio: str, kind: str, widths: tuple[int, int] = WIDTHS) -> floa
     return float(work.max() / sum(taken))
 
 
-def simulated(widths: tuple[int, int] = WIDTHS) -> dict[str, float]:
+def simulated(width: Width = WIDTH) -> dict[str, float]:
     """`strict_vs_bound`, `utilisation_async` and what belongs to them."""
     points = [(ratio, kind) for ratio in RATIOS for kind in LENGTHS]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        strict = list(pool.map(lambda point: strict_point(*point, widths), points))
-        used = list(pool.map(lambda point: utilisation(*point, widths), points))
+        strict = list(pool.map(lambda point: strict_point(*point, width), points))
+        used = list(pool.map(lambda point: utilisation(*point, width), points))
     for point, figures, share in zip(points, strict, used, strict=True):
         print(
             f"{point[0]:12} {point[1]:10} " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()),
@@ -251,10 +253,11 @@ def simulated(widths: tuple[int, int] = WIDTHS) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--requests", type=int, default=WIDTHS[0], help="at the teacher at once (the trainer's: 8)")
-    parser.add_argument("--sequences", type=int, default=WIDTHS[1], help="of a request, at most (the trainer's: 8)")
+    parser.add_argument("--requests", type=int, default=WIDTH.requests, help="at the teacher at once, at most")
+    parser.add_argument("--sequences", type=int, default=WIDTH.samples, help="of a request, at most")
+    parser.add_argument("--tokens", type=int, default=WIDTH.tokens, help="that the teacher says it computes at once")
     options = parser.parse_args()
-    figures = simulated((options.requests, options.sequences))
+    figures = simulated(Width(options.requests, options.sequences, options.tokens))
     print(json.dumps(figures, indent=1))
     if options.json:
         options.json.write_text(json.dumps(figures))

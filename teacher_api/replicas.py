@@ -63,7 +63,7 @@ class Replicas:
     # ---- the transport -----------------------------------------------------------------------------------------------
 
     async def info(self, *, timeout_s: float, request_id: str, teacher: str = "") -> pb.TeacherInfo:
-        """What all servers that answer say, with the lowest of their limits.
+        """What all servers that answer say, with the lowest of their limits and the sum of what they compute at once.
 
         Raises:
             FingerprintMismatch: two of them are different teachers; names both.
@@ -346,6 +346,8 @@ def _merge(info: pb.TeacherInfo, other: pb.TeacherInfo) -> None:
     """What both can do."""
     for name in _LIMITS:
         setattr(info, name, min(getattr(info, name), getattr(other, name)))
+    known = info.batch_tokens and other.batch_tokens
+    info.batch_tokens = info.batch_tokens + other.batch_tokens if known else 0  # they work at the same time
     for name in ("features", "teachers"):
         both = [value for value in getattr(info, name) if value in getattr(other, name)]
         del getattr(info, name)[:]

@@ -143,6 +143,8 @@ class TeacherInfo:
     head_bytes: int = 0
     scoring_path_note: str = ""
     """Why it is not the path that was to be used first; empty where it is."""
+    batch_tokens: int = 0
+    """Computed at once, prompts included; 0: unknown."""
 
 
 def scored_positions(completion: Completion, prompt_tokens: int) -> IntArray:

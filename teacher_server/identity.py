@@ -70,6 +70,7 @@ def _info(config: ServerConfig, features: frozenset[str], facts: ModelFacts) -> 
         hidden_size=facts.hidden_size,
         teachers=tuple(facts.adapters),
         scoring_path_note=facts.scoring_path_note,
+        batch_tokens=facts.batch_tokens,
     )
 
 

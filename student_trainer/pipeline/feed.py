@@ -1,7 +1,9 @@
 """The way of finished samples to their teachers. A full request leaves at once where its teacher may have one more; one
-that is not full leaves while fewer than PARTIAL such are in flight: a teacher always has work, and a slower one gets it
-in larger pieces. Of samples that wait, the one that is learned from next leaves first, and takes others with it, those
-of its prompt before all. What a teacher says of a sample does not depend on it.
+that is not full leaves while fewer than AHEAD such are in flight: a teacher always has work, and a slower one gets it
+in larger pieces. Where a teacher says how much it computes at once, that much is a full request, and no more than AHEAD
+times as much is in flight: what waits here can still be overtaken. Of samples that wait, the one that is learned from
+next leaves first, and takes others with it, those of its prompt before all. What a teacher says of a sample does not
+depend on it.
 
 Nothing here waits in the caller's thread, and no lock of Python's is shared with it: a signal may end it anywhere.
 """
@@ -13,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from student_trainer.pipeline.timeline import Timeline
 from student_trainer.types import Metrics, Rollout, ScoredRollout
@@ -31,6 +33,14 @@ Event = Rollout | Answer | BaseException
 """What arrives: a sample that is finished, what its teacher says, or why there will be nothing more."""
 
 
+class Width(NamedTuple):
+    """What a teacher is sent."""
+
+    requests: int  # in flight at a time, at most
+    samples: int  # of one, at most
+    tokens: int = 0  # that it computes at once; 0: unknown
+
+
 class Asker(Protocol):
     """Those who score: Panel."""
 
@@ -38,8 +48,8 @@ class Asker(Protocol):
         """The name of the queue that a sample waits in."""
         ...
 
-    def widths(self) -> dict[str, tuple[int, int]]:
-        """Of each queue: requests in flight at a time, and samples in one."""
+    def widths(self) -> dict[str, Width]:
+        """Of each queue."""
         ...
 
     def ask(self, name: str, rollouts: Sequence[Rollout]) -> Iterator[tuple[ScoredRollout, Metrics]]:
@@ -57,14 +67,18 @@ class Sent:
     arrivals: SimpleQueue[Event]
 
 
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    was_full: bool
+@dataclass(frozen=True, slots=True, eq=False)
+class _Request:
+    """The news of one is that it has been answered."""
+
+    sent: list[Sent]
+    tokens: int
+    is_full: bool
 
 
-_News = Sent | _Answered | None  # None: closed
-PARTIAL = 2
-"""One that the teacher works on, and one that waits for it there."""
+_News = Sent | _Request | None  # None: closed
+AHEAD = 2
+"""What the teacher works on, and what waits for it there."""
 
 
 class Feed:
@@ -74,8 +88,8 @@ class Feed:
         self._panel = panel
         self._timeline = timeline
         self._queues: dict[str, SimpleQueue[_News]] = {name: SimpleQueue() for name in panel.widths()}
-        for name, (width, most) in panel.widths().items():
-            threading.Thread(target=self._deliver, args=(name, width, most), name=f"feed-{name}", daemon=True).start()
+        for name, width in panel.widths().items():
+            threading.Thread(target=self._deliver, args=(name, width), name=f"feed-{name}", daemon=True).start()
 
     def send(self, sent: Sequence[Sent]) -> None:
         """Puts samples on their way; what comes of them arrives in their queues.
@@ -91,9 +105,8 @@ class Feed:
         for queue in self._queues.values():
             queue.put(None)
 
-    def _deliver(self, name: str, width: int, most: int) -> None:
-        queue, waiting = self._queues[name], list[Sent]()
-        in_flight = {True: 0, False: 0}  # full ones, others
+    def _deliver(self, name: str, width: Width) -> None:
+        queue, waiting, in_flight = self._queues[name], list[Sent](), list[_Request]()
         while True:
             for news in _news(queue):
                 if news is None:
@@ -101,20 +114,19 @@ class Feed:
                 if isinstance(news, Sent):
                     waiting.append(news)
                 else:
-                    in_flight[news.was_full] -= 1
-            while waiting and sum(in_flight.values()) < width:
-                request = _request(waiting, most)
-                is_full = len(request) == most
-                if not is_full and in_flight[False] >= PARTIAL:
+                    in_flight.remove(news)
+            while waiting:
+                request = _request(waiting, width)
+                if not _may_leave(request, in_flight, width):
                     break
-                chosen = {id(sent) for sent in request}
+                chosen = {id(sent) for sent in request.sent}
                 waiting = [sent for sent in waiting if id(sent) not in chosen]
-                in_flight[is_full] += 1
+                in_flight.append(request)
                 # Its own thread: a pool's would be waited for when the interpreter ends, whatever they wait for.
-                threading.Thread(target=self._ask, args=(name, request, _Answered(is_full)), daemon=True).start()
+                threading.Thread(target=self._ask, args=(name, request), daemon=True).start()
 
-    def _ask(self, name: str, request: list[Sent], news: _Answered) -> None:
-        first, rollouts = request[0], [sent.rollout for sent in request]
+    def _ask(self, name: str, request: _Request) -> None:
+        first, rollouts = request.sent[0], [sent.rollout for sent in request.sent]
         try:
             with self._timeline.span("score", first.step, samples=len(rollouts), teacher=name):
                 for scored, sums in self._panel.ask(name, rollouts):
@@ -122,7 +134,7 @@ class Feed:
         except BaseException as error:  # carried to the thread that waits
             first.arrivals.put(error)
         finally:
-            self._queues[name].put(news)
+            self._queues[name].put(request)
 
 
 def _news(queue: SimpleQueue[_News]) -> list[_News]:
@@ -134,10 +146,28 @@ def _news(queue: SimpleQueue[_News]) -> list[_News]:
     return found
 
 
-def _request(waiting: Sequence[Sent], most: int) -> list[Sent]:
+def _request(waiting: Sequence[Sent], width: Width) -> _Request:
     """The next request out of those that wait: the first in order of step and number, others of its step and prompt,
     and then whoever is next of that step."""
     first, *rest = sorted(waiting, key=lambda sent: (sent.step, sent.rollout.uid))
     like = [s for s in rest if s.step == first.step and s.rollout.prompt.index == first.rollout.prompt.index]
     others = [s for s in rest if s.step == first.step and s.rollout.prompt.index != first.rollout.prompt.index]
-    return [first, *like, *others][:most]
+    chosen, prompts, tokens = list[Sent](), set[int](), 0
+    for sent in (first, *like, *others):
+        chosen.append(sent)
+        prompt = sent.rollout.prompt
+        tokens += sent.rollout.num_tokens + (0 if prompt.index in prompts else len(prompt.token_ids))
+        prompts.add(prompt.index)
+        is_full = len(chosen) == width.samples or 0 < width.tokens <= tokens
+        if is_full:
+            break
+    return _Request(chosen, tokens, is_full)
+
+
+def _may_leave(request: _Request, in_flight: Sequence[_Request], width: Width) -> bool:
+    if len(in_flight) < AHEAD:
+        return len(in_flight) < width.requests
+    if width.tokens and sum(other.tokens for other in in_flight) >= AHEAD * width.tokens:
+        return False
+    partial = sum(not other.is_full for other in in_flight)
+    return len(in_flight) < width.requests and (request.is_full or partial < AHEAD)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from student_trainer import metrics, scoring
 from student_trainer.config import TrainConfig
 from student_trainer.losses.base import ROWS_OF, AnyObjective, Needs
+from student_trainer.pipeline.feed import Width
 from student_trainer.pipeline.timeline import covered
 from student_trainer.teachers import mixture
 from student_trainer.teachers.config import ONLY, NamedTeacherConfig, TeacherConfig, domains_of, prefix
@@ -156,12 +157,15 @@ class Panel:
         `teacher_of`."""
         return self.teacher_of(rollout)
 
-    def widths(self) -> dict[str, tuple[int, int]]:
-        """Of each queue: requests in flight at a time, and completions in one."""
-        widths = {n: (m.config.max_concurrency, m.config.request_sequences) for n, m in self.members.items()}
+    def widths(self) -> dict[str, Width]:
+        """Of each queue. What all of a mixture are sent, each of them may be sent, and keeps each of them busy."""
+        widths = {
+            name: Width(m.config.max_concurrency, m.config.request_sequences, m.info.batch_tokens)
+            for name, m in self.members.items()
+        }
         if self._by == "mixture" and len(widths) > 1:
-            width, most = zip(*widths.values(), strict=True)
-            return {ONLY: (min(width), min(most))}
+            requests, samples, tokens = zip(*widths.values(), strict=True)
+            return {ONLY: Width(min(requests), min(samples), max(tokens) if all(tokens) else 0)}
         return widths
 
     def ask(self, name: str, rollouts: Sequence[Rollout]) -> Iterator[tuple[ScoredRollout, Metrics]]:

@@ -70,6 +70,7 @@ class ModelFacts:
     engine_version: str = ""
     scoring_path: str = ""
     scoring_path_note: str = ""  # why it is not the path that was to be used first; empty where it is
+    batch_tokens: int = 0  # computed at once, over all engines; 0: unknown
     adapters: dict[str, str] = field(default_factory=dict)
     """Further teachers on this base: name -> digest of the weights that score for it, the base's among them."""
 

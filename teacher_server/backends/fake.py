@@ -124,6 +124,7 @@ class FakeBackend(ScoringBackend):
             engine="fake",
             engine_version="1",
             scoring_path="hash of the preceding tokens",
+            batch_tokens=self._policy.max_tokens,
             adapters={name: adapted_digest(weights, seed) for name, seed in self._seeds.items()},
         )
 

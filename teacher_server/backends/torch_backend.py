@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -98,7 +98,9 @@ class TorchBackend(ScoringBackend):
 
     def load(self) -> ModelFacts:
         """Loads the model, in the thread that will run it. Raises ValueError of one line."""
-        self._loaded = self._thread.submit(self._load).result()
+        loaded = self._thread.submit(self._load).result()
+        at_once = 0 if self._reference else self._batch_tokens  # reference mode: a sequence, of whatever length
+        self._loaded = replace(loaded, facts=replace(loaded.facts, batch_tokens=at_once))
         if self._generated_texts:
             self.generator = self._generator(self._loaded)
         return self._loaded.facts

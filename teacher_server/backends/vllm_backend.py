@@ -140,7 +140,12 @@ class VllmBackend(ScoringBackend):
         self._path = self._started(plan)
         self.features = self._path.features
         note = self._fallback.replace(str(directory), directory.name)  # clients see it
-        self._facts = replace(plan.facts, scoring_path=self._described(self._path), scoring_path_note=note)
+        self._facts = replace(
+            plan.facts,
+            scoring_path=self._described(self._path),
+            scoring_path_note=note,
+            batch_tokens=self._host.batch_tokens,
+        )
         if self._generated_texts:
             self.generator = self._started_generator(plan)
         return self._facts

@@ -129,6 +129,14 @@ class EngineHost:
         """Runs `work` on the engine's loop; cancelling this cancels the work, which aborts the engine's requests."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
+    @property
+    def batch_tokens(self) -> int:
+        """Of one step, over all that work at the same time."""
+        config = self._engine.vllm_config
+        parallel = config.parallel_config
+        engines = int(parallel.data_parallel_size) * int(parallel.pipeline_parallel_size)
+        return int(config.scheduler_config.max_num_batched_tokens) * engines
+
     def is_dead(self) -> bool:
         return self._is_reviving() or self._engine is None or bool(self._engine.errored)
 

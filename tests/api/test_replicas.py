@@ -286,15 +286,18 @@ def test_limits_and_features_are_what_all_replicas_have():
     class Smaller(FakeTeacher):
         @property
         def info(self) -> Any:
-            return replace(super().info, max_completions=2, features=("exact_tail", "entropy"))
+            return replace(super().info, max_completions=2, features=("exact_tail", "entropy"), batch_tokens=30)
 
     async def main() -> None:
-        teachers = [FakeTeacher(), Smaller()]
+        teachers = [FakeTeacher(batch_tokens=50), Smaller()]
         async with behind_one_client(SERVE["grpc"], *teachers) as client:
             info = await client.info()
             assert (info.max_completions, info.features) == (2, ("exact_tail",))
+            assert info.batch_tokens == 80, "both work at the same time"
             check(a_request(5), await client.score(a_request(5)))
             assert max(len(asked) for teacher in teachers for asked in teacher.asked) == 2
+        async with behind_one_client(SERVE["grpc"], FakeTeacher(), Smaller()) as client:
+            assert (await client.info()).batch_tokens == 0, "one doesn't say"
 
     asyncio.run(main())
 

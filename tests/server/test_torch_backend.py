@@ -52,6 +52,7 @@ def test_every_architecture_scores_as_transformers_does(
     assert facts.logit_width == WIDTH
     assert 120 <= facts.tokenizer_size < WIDTH
     assert facts.max_sequence_tokens == 128
+    assert facts.batch_tokens == 300
     model = tiny_model(arch)
     jobs = mixed_jobs(facts.tokenizer_size, [2, 128, 3, 17, 64, 5, 33, 100, 9, 128, 2, 50, 21, 22, 23], temperature)
     for answer, asked in zip(scored(backend, jobs), jobs, strict=True):
@@ -179,6 +180,7 @@ def test_reference_mode_gives_the_same_bits_alone_and_in_company(arch: str, chec
     jobs = [job(str(i), rng.integers(2, 120, n), **REFERENCE_JOB) for i, n in enumerate([30, 31, 30, 128, 2, 64])]
     together = scored(backend, jobs)
     assert {rows for rows, _ in shapes} == {1}
+    assert backend.load().batch_tokens == 0, "a sequence at a time, however long"
     for asked, answer in zip(reversed(jobs), reversed(together), strict=True):
         assert as_bytes(scored(backend, [asked])[0]) == as_bytes(answer)
     again = opened(checkpoint(arch), reference=True, threads=0)

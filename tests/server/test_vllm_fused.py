@@ -105,6 +105,7 @@ def check_all(jobs: list[ScoreJob], answers: list[Scores], reference: torch.nn.M
 def test_says_what_it_is(fused: ScoringBackend) -> None:
     facts = fused.facts  # type: ignore[attr-defined]
     assert facts.scoring_path.startswith("fused")
+    assert facts.batch_tokens == CHUNK
     assert (facts.tokenizer_size, facts.logit_width, facts.max_sequence_tokens) == (VOCABULARY, WIDTH, POSITIONS)
     assert {"candidates", "temperature", "full_vocabulary", "entropy", "rank", "hidden", "exact_tail"} <= fused.features
 

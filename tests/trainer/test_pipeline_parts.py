@@ -29,7 +29,7 @@ from student_trainer.parallel.base import Replicated
 from student_trainer.parallel.fsdp2 import Fsdp2
 from student_trainer.pipeline.arrivals import Arrivals
 from student_trainer.pipeline.copied import Copied, Ended
-from student_trainer.pipeline.feed import Feed
+from student_trainer.pipeline.feed import Feed, Width
 from student_trainer.pipeline.schedule import Draw, age, check, scheduled
 from student_trainer.pipeline.timeline import Span, Timeline, covered, rows
 from student_trainer.rollout.base import RolloutError
@@ -62,8 +62,8 @@ def scored(rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
 class Gate:
     """A teacher that answers requests when it is told to, in any order."""
 
-    def __init__(self, width: int = 2, most: int = 3) -> None:
-        self.width, self.most = width, most
+    def __init__(self, width: int = 2, most: int = 3, tokens: int = 0) -> None:
+        self.width, self.most, self.tokens = width, most, tokens
         self.asked: list[list[int]] = []
         self.changed = threading.Condition()
         self.open: set[int] = set()
@@ -72,8 +72,8 @@ class Gate:
     def route(self, one: Rollout) -> str:
         return ""
 
-    def widths(self) -> dict[str, tuple[int, int]]:
-        return {"": (self.width, self.most)}
+    def widths(self) -> dict[str, Width]:
+        return {"": Width(self.width, self.most, self.tokens)}
 
     def ask(self, name: str, rollouts: Sequence[Rollout]) -> Iterator[tuple[ScoredRollout, Metrics]]:
         with self.changed:
@@ -199,6 +199,44 @@ def test_full_requests_leave_at_once_and_others_while_two_are_in_flight_together
     assert [s.rollout.uid for s in arrivals.all()] == list(range(9))
     feed.close()
     assert gate.asked[4:] == [[8]]
+
+
+def test_no_more_is_in_flight_than_twice_what_the_teacher_computes_at_once() -> None:
+    """Of a teacher of 5 tokens: two samples of 2 on a prompt of 1, which counts once, or one on each of two prompts.
+    What waits is overtaken by a smaller number that comes later."""
+    gate, timeline = Gate(width=8, most=8, tokens=5), Timeline()
+    feed = Feed(gate, timeline)
+    arrivals = Arrivals(0, range(10), feed, timeline)
+    arrivals.send(
+        [rollout(uid, prompt) for uid, prompt in [(2, 1), (3, 1), (4, 1), (5, 1), (6, 2), (7, 3), (8, 3), (9, 3)]]
+    )
+    gate.until_asked(2)
+    arrivals.send([rollout(0)])
+    time.sleep(0.2)
+    assert gate.asked == [[2, 3], [4, 5]]
+    gate.let(2, 3)
+    gate.until_asked(3)
+    time.sleep(0.2)
+    assert gate.asked[2:] == [[0, 6]]
+    arrivals.send([rollout(1)])
+    gate.let(*range(10))
+    assert [s.rollout.uid for s in arrivals.all()] == list(range(10))
+    feed.close()
+    assert [uid for asked in gate.asked[3:] for uid in asked] == [1, 7, 8, 9]
+
+
+def test_small_requests_are_in_flight_until_they_are_what_the_teacher_computes_at_once() -> None:
+    """Of a teacher of 9 tokens: three samples of 3 make a request, and two such requests are twice that."""
+    gate, timeline = Gate(width=8, most=2, tokens=9), Timeline()
+    feed = Feed(gate, timeline)
+    arrivals = Arrivals(0, range(8), feed, timeline)
+    arrivals.send([rollout(uid, uid) for uid in range(8)])
+    gate.until_asked(3)
+    time.sleep(0.2)
+    assert gate.asked == [[0, 1], [2, 3], [4, 5]], "6 tokens each: 18 of twice 9"
+    gate.let(*range(8))
+    assert [s.rollout.uid for s in arrivals.all()] == list(range(8))
+    feed.close()
 
 
 def test_samples_leave_at_once_and_those_that_wait_leave_together() -> None:

@@ -68,6 +68,24 @@ def panel(by: Any, *scorers: Scorer, **settings: dict[str, Any]) -> Panel:
     return Panel(members, by, seed=7)
 
 
+@pytest.mark.parametrize(
+    ("batch_tokens", "of_all"), [((100, 300), (2, 4, 300)), ((100, 0), (2, 4, 0)), ((0, 0), (2, 4, 0))]
+)
+def test_teachers_are_sent_what_keeps_them_busy(batch_tokens: tuple[int, int], of_all: tuple[int, int, int]) -> None:
+    """By the name of each; all of a mixture together no more than each may be sent."""
+    configs = {
+        "a": NamedTeacherConfig(max_concurrency=2, request_sequences=9),
+        "b": NamedTeacherConfig(max_concurrency=5, request_sequences=4),
+    }
+    members = {
+        name: Member(name, configs[name], Scorer(name, -1.0), replace(INFO, batch_tokens=tokens))  # type: ignore[arg-type]
+        for name, tokens in zip("ab", batch_tokens, strict=True)
+    }
+    assert Panel(members, "sample").widths() == {"a": (2, 9, batch_tokens[0]), "b": (5, 4, batch_tokens[1])}
+    assert list(Panel(members, "mixture").widths().values()) == [of_all]
+    assert Panel({"a": members["a"]}, "mixture").widths() == {"a": (2, 9, batch_tokens[0])}
+
+
 def rollouts(*domains: str) -> list[Rollout]:
     zeros = np.zeros(3, np.float32)
     return [
