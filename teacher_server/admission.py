@@ -196,7 +196,7 @@ class Admission:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.give(cost)  # it was granted in the moment of the cancellation
-            else:
+            elif place in self._waiting.get(flow, ()):  # unless it was passed over between its end and now
                 self._waiting[flow].remove(place)
                 self._grant()
             raise

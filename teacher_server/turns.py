@@ -63,7 +63,7 @@ class Turns:
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
                 self._leave(tenant)  # it had its place in the moment of the cancellation
-            elif tenant in self._waiting:
+            elif place in self._waiting.get(tenant, ()):  # unless it was passed over between its end and now
                 self._waiting[tenant].remove(place)
                 self._forget(tenant)
             raise

@@ -8,6 +8,7 @@ import pytest
 
 from teacher_api.errors import Overloaded, TooLarge
 from teacher_server.admission import Admission, Cost
+from teacher_server.caller import Caller
 
 
 def test_takes_until_full_and_names_a_time_to_come_back():
@@ -84,3 +85,26 @@ def test_a_waiter_cancelled_in_the_moment_of_its_grant_gives_it_back():
         return admission.tokens
 
     assert asyncio.run(scenario()) == 0
+
+
+@pytest.mark.parametrize("freed", [True, False], ids=["as-room-comes", "with-room"])
+def test_waiters_whose_deadlines_pass_together_end_as_cancelled(freed: bool):
+    async def scenario() -> list[object]:
+        admission = Admission(10, 1000, lambda: 0.0)
+        held = Cost(8, 1, Caller("t", "x"))
+        admission.take(held)
+        waiting = [asyncio.create_task(admission.wait(Cost(5, 1, Caller("t", "y")))) for _ in range(3)]
+        await asyncio.sleep(0)
+        for task in waiting:  # their places are over before they know, and the next grant passes them over
+            task.cancel()
+        if freed:
+            admission.give(held)
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+        if not freed:
+            admission.give(held)
+        assert admission.tokens == 0
+        assert not admission._waiting or not freed
+        await asyncio.wait_for(admission.wait(Cost(10, 1)), 1)
+        return list(ended)
+
+    assert {type(one) for one in asyncio.run(scenario())} == {asyncio.CancelledError}

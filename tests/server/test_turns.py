@@ -98,6 +98,23 @@ def test_who_leaves_takes_no_place_along(waiting: bool):
     asyncio.run(main())
 
 
+def test_a_text_that_is_given_up_in_the_moment_in_which_another_ends_ends_as_cancelled():
+    async def main() -> None:
+        texts = Texts(1)
+        await texts.add("a", 4)
+        texts.begun[0][1].set()
+        texts.tasks[1].cancel()  # its place is over before it knows, and passed over
+        await settled()
+        assert texts.tasks[1].cancelled()
+        assert len(texts.begun) == 2
+        for n in (1, 2):
+            await texts.end(n)
+        assert not texts.turns._waiting
+        assert not texts.turns._in_work
+
+    asyncio.run(main())
+
+
 def test_the_seconds_of_all_are_those_in_which_something_was_written():
     async def main() -> None:
         texts = Texts(2)
