@@ -6,6 +6,7 @@ renamed, so one that has its final name is whole; a manifest of sizes and digest
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ from teacher_api.settings import Section
 FORMAT_VERSION = 1
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "trainer_state.json", "optimizer.safetensors"
 CARD, BEST = "README.md", "best"
+ASIDE = ".old-"
+"""Before the name of what another takes the place of, until that has the name."""
 EVAL_PREFIX = "eval_"
 EVAL_METRICS = ("eval_accuracy", "eval_low", "eval_high")
 """What an evaluation adds to metrics.jsonl."""
@@ -122,7 +125,7 @@ def save(
         _write_json(partial / MANIFEST, {"format": FORMAT_VERSION, "step": step, "files": describe(partial)})
         _flush(partial)
         if final.exists():  # the same step again, after a resume from an earlier one
-            final.rename(root / f".old-step-{step:08d}")
+            final.rename(root / f"{ASIDE}{final.name}")
         partial.rename(final)
         _flush_directory(root)
         _remove_leftovers(root)
@@ -134,20 +137,30 @@ def save(
 
 def export(path: Path, *, model: Saveable, tokenizer: Saveable | None, card: str = "") -> Path:
     """Writes model and tokenizer alone, as a Hugging Face directory that plain transformers loads, with a model card
-    if there is one. Atomic as `save`."""
-    partial = path.with_name(f".partial-{path.name}")
+    if there is one. What was at `path` is put aside until the new one has its name: cut off in between, the next export
+    puts it back before it begins.
+
+    Raises:
+        CheckpointError: the disk refused. What was at `path` is there still.
+    """
+    partial, old = path.with_name(f".partial-{path.name}"), path.with_name(f"{ASIDE}{path.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _put_back(old, path)
+        _remove(partial)
         partial.mkdir(parents=True)
         _write_model(partial, model, tokenizer)
         if card:
             (partial / CARD).write_text(card)
         _flush(partial)
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            path.rename(old)
         partial.rename(path)
         _flush_directory(path.parent)
+        _remove(old)
     except DISK_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _put_back(old, path)
         raise CheckpointError(f"can't write {path}: {error}") from error
     return path
 
@@ -171,7 +184,7 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
         kept = {path for _, path in best}
         for path in _steps(root)[config.keep_last :]:
             if path not in kept:
-                trash = root / f".old-{path.name}"
+                trash = root / f"{ASIDE}{path.name}"
                 path.rename(trash)
                 shutil.rmtree(trash)
     except OSError as error:
@@ -218,6 +231,9 @@ def find_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
         if not wrong:
             return path, passed_over
         passed_over.append(wrong)
+    for path in _steps(run_dir / "checkpoints", ASIDE):  # cut off while the same step was written again
+        if not problems(path):
+            return path, passed_over
     return None, passed_over
 
 
@@ -286,19 +302,33 @@ def _write_model(directory: Path, model: Saveable, tokenizer: Saveable | None) -
         tokenizer.save_pretrained(directory)
 
 
-def _steps(root: Path) -> list[Path]:
-    """Checkpoints that have their final name, newest first."""
+def _steps(root: Path, before: str = "") -> list[Path]:
+    """Checkpoints that have their final name, or that name with `before` in front of it; newest first."""
     if not root.is_dir():
         return []
-    return sorted((p for p in root.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]), reverse=True)
+    found = {p: p.name.removeprefix(f"{before}step-") for p in root.glob(f"{before}step-*")}
+    return sorted((p for p, step in found.items() if step.isdigit()), key=lambda p: int(found[p]), reverse=True)
 
 
 def _remove_leftovers(root: Path) -> None:
-    for path in (*root.glob(".partial-*"), *root.glob(".old-*")):
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
+    for path in (*root.glob(".partial-*"), *root.glob(f"{ASIDE}*")):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A directory with what is in it, or a link to one; nothing where there is none."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """What was put aside, under its name again, or gone where something has the name."""
+    if path.exists():
+        _remove(old)
+    elif old.exists():
+        old.rename(path)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

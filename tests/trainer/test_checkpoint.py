@@ -286,6 +286,94 @@ def test_killed_while_saving_leaves_only_whole_checkpoints(tmp_path: Path) -> No
         assert json.loads((latest / "manifest.json").read_text())["step"] == 1
 
 
+class Killed(BaseException):
+    """What no handler of ours catches."""
+
+
+def test_killed_while_exporting_leaves_the_old_or_the_new_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off before each change of a name and each removal in turn; the next export heals it."""
+    path, calls, at = tmp_path / "final", [0], [0]
+    content = {}
+    for seed in (1, 2):
+        checkpoint.export(tmp_path / str(seed), model=tiny_model("qwen3", seed=seed), tokenizer=None)
+        content[seed] = checkpoint.describe(tmp_path / str(seed))
+    assert content[1] != content[2]
+
+    def counted(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == at[0]:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    ended = False
+    while not ended:
+        at[0] += 1
+        checkpoint.export(path, model=tiny_model("qwen3", seed=1), tokenizer=None)
+        calls[0] = 0
+        with monkeypatch.context() as patched:
+            for owner, name in ((os, "rename"), (Path, "rename"), (os, "unlink"), (os, "rmdir")):
+                patched.setattr(owner, name, counted(getattr(owner, name)))
+            try:
+                checkpoint.export(path, model=tiny_model("qwen3", seed=2), tokenizer=None)
+                ended = True
+            except Killed:
+                pass
+        found = [checkpoint.describe(p) for p in tmp_path.iterdir() if p.name.endswith("final")]
+        assert content[1] in found or content[2] in found, f"both lost by a kill before change {at[0]}"
+        if path.exists():
+            assert checkpoint.describe(path) in content.values(), f"what has the name is not whole: change {at[0]}"
+        checkpoint.export(path, model=tiny_model("qwen3", seed=2), tokenizer=None)
+        assert checkpoint.describe(path) == content[2]
+        assert not list(tmp_path.glob(".*"))
+    assert at[0] > 3
+
+
+def test_killed_while_the_only_checkpoint_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop in an evaluation saves its step again; with keep_last 1 there is no other to go on from."""
+    path, rename = save(tmp_path, 4, *SAVED, loss=0.5), Path.rename
+    before = checkpoint.describe(path)
+
+    def killed(source: Path, target: Path) -> Path:
+        if source.name.startswith(".partial"):
+            raise Killed
+        return rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(Killed):
+            save(tmp_path, 4, *SAVED, loss=0.25)
+    found = checkpoint.find_latest(tmp_path)
+    assert found is not None
+    assert checkpoint.describe(found) == before
+    assert checkpoint.read_state(found)["step"] == 4
+    assert checkpoint.find_latest(tmp_path) == found == tmp_path / "checkpoints" / ".old-step-00000004"
+    assert save(tmp_path, 4, *SAVED, loss=0.25) == path == checkpoint.find_latest(tmp_path)
+    assert names(tmp_path) == [path.name]
+
+
+def test_an_export_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk refuses the new name when the old one is aside."""
+    path = checkpoint.export(tmp_path / "final", model=SAVED[0], tokenizer=None)
+    before, rename = checkpoint.describe(path), Path.rename
+
+    def failing(source: Path, target: Path) -> Path:
+        if source.name.startswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", failing)
+        with pytest.raises(checkpoint.CheckpointError, match=r"final: .*Input/output error"):
+            checkpoint.export(path, model=tiny_model("qwen3", seed=3), tokenizer=None)
+    assert checkpoint.describe(path) == before
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_no_code_is_loaded(tmp_path: Path) -> None:
     """T8: nothing in a checkpoint is a pickle, and no module could read one or run the code of a checkpoint."""
     path = save(tmp_path, 1, *SAVED)
