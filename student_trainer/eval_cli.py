@@ -230,6 +230,7 @@ def _solver(config: EvaluationConfig, dist: Distributed) -> _Solver:
     if config.engine == "vllm":
         return _vllm_solver(config, dist)
     model = student.load(_student_config(config), dist.device)
+    student.require_known("rollout.stop_token_ids", config.rollout.stop_token_ids, model.tokenizer)
     sampler = TorchSampler(
         model.model,
         eos_token_ids=model.eos_token_ids,
@@ -257,6 +258,7 @@ def _vllm_solver(config: EvaluationConfig, dist: Distributed) -> _Solver:
             "(--vllm.tensor_parallel_size)"
         )
     tokenizer = student.load_tokenizer(_student_config(config))
+    student.require_known("rollout.stop_token_ids", config.rollout.stop_token_ids, tokenizer)
     prompts = load_prompts(config.data, tokenizer).all()  # before the engine, which takes its time
     sampler = VllmSampler(
         config.model,

@@ -82,7 +82,7 @@ def evaluate(
         decode: token ids to text, special tokens left out.
         progress: wraps the stream of judged completions, to show how far it is.
     Raises:
-        ValueError: no prompts, or a prompt without an answer.
+        ValueError: no prompts, or a prompt without an answer or with an empty one.
     """
     require_answers(prompts)
     places = range(len(prompts))
@@ -93,11 +93,17 @@ def require_answers(prompts: Sequence[Prompt]) -> None:
     """Raises ValueError where there is nothing to judge, or nothing to judge it by."""
     if not prompts:
         raise ValueError("nothing to evaluate: no prompts")
-    missing = [p.index for p in prompts if p.answer is None]
+    missing = unanswered(prompts)
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(prompts)} prompts have no answer, the first is row {missing[0]}; set answer_key"
+            f"{len(missing)} of {len(prompts)} prompts have no answer, or an empty one, the first is row {missing[0]}; "
+            "set answer_key"
         )
+
+
+def unanswered(prompts: Sequence[Prompt]) -> list[int]:
+    """Rows of those without a reference answer. An empty one is none: a completion that says nothing would have it."""
+    return [p.index for p in prompts if p.answer is None or not p.answer.strip()]
 
 
 def judged(
@@ -135,15 +141,16 @@ def summarise(samples: Sequence[Judged]) -> EvalResult:
 
 
 def exact_match(completion: str, answer: str) -> bool:
-    """The whole completion is the answer; white space at both ends and its amount in between don't count."""
-    return completion.split() == answer.split()
+    """The whole completion is the answer; white space at both ends and its amount in between don't count. Nothing is
+    never the answer."""
+    return completion.split() == answer.split() != []
 
 
 def final_answer(completion: str, answer: str) -> bool:
     """What follows the last "Answer:" (or "####", or stands in the last \\boxed{}) is the answer. The reference may
-    be the answer alone or a worked solution that ends in one of these forms."""
+    be the answer alone or a worked solution that ends in one of these forms. Nothing is never the answer."""
     got, expected = _marked(completion), _marked(answer)
-    return got is not None and got.split() == (expected if expected is not None else answer).split()
+    return got is not None and got.split() == (expected if expected is not None else answer).split() != []
 
 
 def numeric_answer(completion: str, answer: str) -> bool:

@@ -4,11 +4,13 @@ them, and settings that are allowed but should be known of.
 
 from __future__ import annotations
 
+from typing import Any
+
 from student_trainer.config import TrainConfig
 from student_trainer.data import Prompts
 from student_trainer.losses.base import Needs
 from student_trainer.rollout.chat import Chat
-from student_trainer.student import Student, room_for
+from student_trainer.student import Student, require_known, room_for
 from student_trainer.teachers.config import prefix
 
 
@@ -37,6 +39,12 @@ def warnings(config: TrainConfig, prompts: Prompts, needs: Needs) -> list[str]:
             "(loss.behaviour=weight corrects for it)"
         )
     return found
+
+
+def require_known_ids(config: TrainConfig, tokenizer: Any) -> None:
+    """Raises ValueError for token ids of the configuration that the student's tokenizer has not."""
+    require_known("rollout.stop_token_ids", config.rollout.stop_token_ids, tokenizer)
+    require_known("loss.ignore_token_ids", config.loss.ignore_token_ids, tokenizer)
 
 
 def longest_tokens(config: TrainConfig, student: Student, prompts: Prompts) -> int:

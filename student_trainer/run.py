@@ -333,6 +333,7 @@ def prepare(
     schedule.check(config, strategy, dist.world)
     goes_on_from = _going_on_from(config, start)
     student = students.load(config.student, dist.device, seed=config.train.seed, checkpoint=goes_on_from)
+    fits.require_known_ids(config, student.tokenizer)
     student = packing_check.applied(student, config)
     prompts = _open_prompts(config, student)
     config, start = _settled(config, start, prompts)

@@ -224,6 +224,20 @@ def room_for(prompt_tokens: int, new_tokens: int, student: Student, new_key: str
     return longest
 
 
+def require_known(key: str, token_ids: Sequence[int], tokenizer: Any) -> None:
+    """Raises ValueError for ids that the tokenizer has not, which no sample could ever hold.
+
+    Args:
+        key: the option that lists them.
+    """
+    unknown = [i for i in token_ids if not 0 <= i < len(tokenizer)]
+    if unknown:
+        raise ValueError(
+            f"{key}: got {', '.join(map(str, unknown))}, expected ids from 0 to {len(tokenizer) - 1}: the student's "
+            f"tokenizer has {len(tokenizer)} entries"
+        )
+
+
 def parameter_count(student: Student) -> int:
     return sum(p.numel() for p in student.model.parameters())
 

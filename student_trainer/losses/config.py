@@ -27,7 +27,7 @@ class LossConfig(Section):
     completions, so that long ones weigh no more than short ones."""
 
     ignore_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Positions whose actual token is one of these do not count."""
+    """Positions whose actual token is one of these, ids of the student's tokenizer, do not count."""
 
     teacher_temperature: float = Field(1.0, gt=0.0, le=100.0)
     """Divides the teacher's logits before its softmax, on the teacher's side."""

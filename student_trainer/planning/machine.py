@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from student_trainer import fits
 from student_trainer.config import TrainConfig
 from student_trainer.data import open_prompts
 from student_trainer.losses import build
@@ -38,6 +39,7 @@ def plan(config: TrainConfig) -> list[str]:
     )
     teachers = {name: shape.of_teacher(name) for name in dict.fromkeys(named)}
     tokenizer = load_tokenizer(config.student)
+    fits.require_known_ids(config, tokenizer)
     lengths = open_prompts(config.data, tokenizer, eos_token_ids=[tokenizer.eos_token_id or 0]).longest
     sampled = lengths.prompt + config.rollout.longest_completion if config.data.on_policy_fraction else 0
     longest = max(sampled, lengths.sequence)

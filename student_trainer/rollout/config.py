@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -109,8 +109,9 @@ class RolloutConfig(Section):
     """Most sequences decoded at once, by each server where there are several; bounds the cache's memory. Which tokens a
     sample gets does not depend on it."""
 
-    stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end a completion besides the model's own end tokens; kept as its last token."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Token ids of the student's tokenizer that end a completion besides the model's own end tokens; kept as its last
+    token."""
 
     environment: str = ""
     """What answers the student's turns, so that a sample is a conversation: package.module:function of your own, or

@@ -100,6 +100,20 @@ def problems(path: Path, tokenizer: Any, model: Path) -> list[int]:
     return sorted(stops)
 
 
+def test_an_id_that_the_tokenizer_has_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With either engine, and before that of vLLM is started."""
+    model = save_tiny(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"question": "fox", "answer": "a"}\n')
+    argv = ["--model", str(model), "--data", str(tmp_path / "data.jsonl"), "rollout.stop_token_ids=[120]"]
+    for engine in (["device=cpu"], ["--engine=vllm"]):
+        assert eval_cli.run([*argv, *engine]) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert told[-1] == (
+            "student-eval: rollout.stop_token_ids: got 120, expected ids from 0 to 119: the student's tokenizer has "
+            "120 entries"
+        )
+
+
 def _share(rank: int, port: int, argv: list[str]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

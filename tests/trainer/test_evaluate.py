@@ -37,6 +37,12 @@ from student_trainer.types import Prompt, Rollout
         ("final_answer", r"} a { b \boxed{5} }}", "5", True),
         ("final_answer", "\\boxed{" * 20_000, "5", False),
         ("final_answer", r"\boxed{}", "5", False),
+        ("exact_match", "", "", False),
+        ("exact_match", " \n", " ", False),
+        ("final_answer", "Answer: \n", "", False),
+        ("final_answer", r"\boxed{}", " ", False),
+        ("final_answer", r"\boxed{}", "worked, then\n####", False),
+        ("numeric_answer", "no idea", "", False),
         ("numeric_answer", "it is 1,200 dollars", "#### 1200.0", True),
         ("numeric_answer", "17 then 36.5", "36.5", True),
         ("numeric_answer", "-3", "3", False),
@@ -89,5 +95,7 @@ def test_loop_judges_each_prompt_once_and_counts_unfinished_as_wrong() -> None:
 def test_prompts_without_answers_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="row 7; set answer_key"):
         evaluate(Scripted(), [prompt(7, "x", None)], "exact_match", decode=str)
+    with pytest.raises(ValueError, match="1 of 2 prompts have no answer, or an empty one, the first is row 4"):
+        evaluate(Scripted(), [prompt(2, "x", "x"), prompt(4, "", " \n")], "exact_match", decode=str)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(Scripted(), [], "exact_match", decode=str)

@@ -37,6 +37,7 @@ def place(tmp_path_factory) -> Path:
     (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     problems = [{"question": text, "answer": "never said"} for text in PROMPTS]
     (place / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    (place / "unsaid.jsonl").write_text('{"question": "the fox", "answer": "a"}\n{"question": "fox", "answer": " "}\n')
     return place
 
 
@@ -270,6 +271,8 @@ def test_print_config_is_yaml_that_gives_itself_again(train, capsys, tmp_path) -
 
 # -- refusals: one line, the right exit code, nothing written
 
+DESCRIBED = ("--dry-run", "plan.device_memory_gib=80")
+"""A machine that is described: the planner reads the student's tokenizer alone."""
 REFUSALS: list[tuple[list[str], str]] = [
     (["optim.lerning_rate=1"], "optim.learning_rate"),
     (["--train.batch_sise=1"], "train.batch_size"),
@@ -285,6 +288,7 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["rollout.max_new_tokens=500"], "positions for 128"),
     (["eval.every=1"], "eval.data"),
     (["eval.every=1", "eval.data.source={place}/prompts.txt"], "have no answer"),
+    (["eval.every=1", "eval.data.source={place}/unsaid.jsonl"], "1 of 2 problems have no answer, or an empty one"),
     (["checkpoint.resume={place}"], "not a whole checkpoint"),
     (["eval.every=1", "eval.data.source={place}/problems.jsonl", "eval.max_new_tokens=500"], "eval.max_new_tokens"),
     (["tracking.trackers=[clearml]"], "clearml is not installed"),
@@ -295,6 +299,11 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["data.split=test"], "data.split: got 'test' with data.source"),
     (["data.add_generation_prompt=false"], "data.add_generation_prompt: got false"),
     (["loss.support=student", "teacher.value_type=float16"], "teacher.value_type: got float16"),
+    (["loss.ignore_token_ids=[5,120]"], "loss.ignore_token_ids: got 120, expected ids from 0 to 119"),
+    (["rollout.stop_token_ids=[119,120,9999]"], "rollout.stop_token_ids: got 120, 9999, expected ids from 0 to 119"),
+    (["rollout.stop_token_ids=[120]", "--dry-run"], "rollout.stop_token_ids: got 120, expected"),
+    (["loss.ignore_token_ids=[120]", *DESCRIBED], "loss.ignore_token_ids: got 120, expected"),
+    (["rollout.stop_token_ids=[-1]"], "rollout.stop_token_ids"),
 ]
 
 
