@@ -29,9 +29,13 @@ def locate(key: str, model: str, revision: str = "") -> dict[str, Any]:
     Raises:
         StudentError: no such directory, or none of a model.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        is_there, is_directory = path.exists(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that no file can have, a directory that is closed, ~nobody
+        raise StudentError(f"{key} {model[:200]!r} can't be looked up: {error}"[:400]) from error
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if path.is_dir():
+    if is_directory:
         if not any((path / name).is_file() for name in ("config.json", lora.ADAPTER_CONFIG)):
             raise StudentError(f"{key} {model!r} has no config.json; expected a Hugging Face directory")
         if revision:
@@ -40,7 +44,7 @@ def locate(key: str, model: str, revision: str = "") -> dict[str, Any]:
                 "hub has revisions"
             )
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True, "trust_remote_code": False}
-    if path.exists() or looks_like_path:
+    if is_there or looks_like_path:
         raise StudentError(f"{key} {model!r} is not a directory; expected a checkpoint or a hub id")
     at = {"revision": revision} if revision else {}
     return {"pretrained_model_name_or_path": model, "trust_remote_code": False, **at}

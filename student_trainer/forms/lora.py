@@ -152,14 +152,27 @@ def merge_saved(base: Any, directory: Path) -> Any:
     """`base` with the adapter of `directory`, of ours or of anybody else's, merged into its weights.
 
     Raises:
-        ValueError: it is an adapter for another model.
+        ValueError: it is an adapter for another model, or has other tensors than its configuration says.
     """
     import peft
 
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"{directory} has no {ADAPTER_WEIGHTS}; expected an adapter's weights in safetensors")
+    settings = peft.PeftConfig.from_pretrained(str(directory))
+    settings.inference_mode = True
     try:
-        return peft.PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
+        adapted = peft.PeftModel(base, settings, _NAME)
+        report = adapted.load_adapter(str(directory), _NAME)
     except RuntimeError as error:
         raise ValueError(f"the adapter in {directory} does not fit its base: {error}") from error
+    # peft leaves what it finds no tensor for at random and zero, and passes over tensors that it has no place for.
+    unlike = [*report.missing_keys, *(name for name in report.unexpected_keys if ".lora_" in name)]
+    if unlike:
+        raise ValueError(
+            f"the adapter in {directory} does not fit its base: {len(unlike)} tensors are missing or have no place, "
+            f"such as {unlike[0]}"
+        )
+    return adapted.merge_and_unload()
 
 
 def base_of(directory: Path) -> tuple[str, str]:
@@ -168,10 +181,18 @@ def base_of(directory: Path) -> tuple[str, str]:
     Raises:
         ValueError: its configuration names none, or is no LoRA's.
     """
-    settings = json.loads((directory / ADAPTER_CONFIG).read_text())
+    path = directory / ADAPTER_CONFIG
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: got {type(settings).__name__}, expected an adapter's settings by name")
     base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
     if kind != "LORA" or not base:
-        raise ValueError(f"{directory / ADAPTER_CONFIG}: got peft_type {kind!r} on {base!r}, expected LORA on a model")
+        raise ValueError(f"{path}: got peft_type {kind!r} on {base!r}, expected LORA on a model")
+    if Path(str(base)).resolve() == directory.resolve():
+        raise ValueError(f"{path}: got its own directory as base_model_name_or_path, expected the model underneath")
     return str(base), str(settings.get("revision") or "")
 
 

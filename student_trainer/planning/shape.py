@@ -115,13 +115,15 @@ def _skeleton(key: str, model: str, revision: str) -> Any:
 
     where = locate(key, model, revision)
     directory = Path(where["pretrained_model_name_or_path"])
-    if (directory / lora.ADAPTER_CONFIG).is_file():
-        base, base_revision = lora.base_of(directory)
-        return _skeleton(f"the base of {key}", base, base_revision)
     try:
+        if (directory / lora.ADAPTER_CONFIG).is_file():
+            base, base_revision = lora.base_of(directory)
+            return _skeleton(f"the base of {key}", base, base_revision)
         config = transformers.AutoConfig.from_pretrained(**where)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
     except LOAD_ERRORS as error:
+        if isinstance(error, StudentError):
+            raise
         cause = " ".join(str(error).split())[:300]
         raise StudentError(f"{key} {model!r} can't be read: {cause}") from error

@@ -11,14 +11,16 @@ import pytest
 import torch
 from onestep import bare_run
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train_gradients import reference, samples  # noqa: F401 (samples is a fixture)
 from tinymodels import save_tiny
 from transformers import AutoModelForCausalLM
 
 from student_trainer import checkpoint
 from student_trainer.config import StudentConfig
+from student_trainer.forms.loading import load_pretrained
 from student_trainer.optim import OptimConfig, Optimizer
+from student_trainer.planning import shape
 from student_trainer.rollout.config import RolloutConfig
 from student_trainer.rollout.torch_sampler import TorchSampler
 from student_trainer.student import Student, StudentError, load
@@ -259,3 +261,54 @@ def test_an_adapter_without_a_base_is_one_clear_line(tmp_path) -> None:
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(StudentError, match=r"the base of student.model '.*base' is not a directory"):
         load(StudentConfig(model=str(saved)), CPU)
+
+
+@pytest.mark.parametrize("what", ["renamed", "fewer", "more", "no safetensors"])
+def test_an_adapter_of_other_tensors_than_its_base_is_refused(what: str, tmp_path) -> None:
+    """peft would leave the base as it is, or half of it, and only warn."""
+    base = save_tiny(tmp_path / "base", "llama")
+    student = moved(adapted(base))
+    saved = checkpoint.export(tmp_path / "saved", model=student.as_saved(), tokenizer=student.tokenizer)
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    names = sorted(tensors)
+    made = {
+        "renamed": {n.replace("model.layers", "model.language_model.layers"): t for n, t in tensors.items()},
+        "fewer": {n: tensors[n] for n in names[2:]},
+        "more": {**tensors, names[0].replace("layers.0", "layers.7"): tensors[names[0]].clone()},
+    }
+    file.unlink()
+    if what in made:
+        save_file(made[what], file, metadata={"format": "pt"})
+    words = "tensors are missing or have no place" if what in made else r"has no adapter_model\.safetensors"
+    with pytest.raises(StudentError, match=words) as caught:
+        load(StudentConfig(model=str(saved)), CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("[]", "got list, expected an adapter's settings"),
+        ("{", "is no JSON"),
+        ("SELF", "got its own directory as base_model_name_or_path"),
+    ],
+)
+def test_damaged_settings_of_an_adapter_are_one_clear_line(settings: str, words: str, tmp_path) -> None:
+    itself = json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path)})
+    (tmp_path / "adapter_config.json").write_text(itself if settings == "SELF" else settings)
+    for read in (lambda: load_pretrained("student.model", str(tmp_path)), lambda: of_student(tmp_path)):
+        with pytest.raises(StudentError, match=words) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def of_student(model: Path) -> Any:
+    return shape.of_student(StudentConfig(model=str(model)))
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "a" * 300, "/" + "b" * 300])
+def test_a_name_that_no_directory_can_have_is_one_clear_line(name: str) -> None:
+    with pytest.raises(StudentError, match=r"student\.model '.* can't be looked up") as caught:
+        load_pretrained("student.model", name)
+    assert "\n" not in str(caught.value)
