@@ -55,6 +55,16 @@ def urls_of(url: str | Sequence[str]) -> tuple[str, ...]:
     return urls
 
 
+def check_key(api_key: str | None) -> None:
+    """Raises ValueError, which does not repeat the key, where no header can hold it: read from a file with the end of
+    its line, say."""
+    if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+        raise ValueError(
+            "api_key holds white space at an end, or characters that a header can't hold; expected printable ASCII, "
+            "without the end of a line"
+        )
+
+
 async def endpoints_of(url: str) -> list[Endpoint]:
     """The servers behind `url`: one for each address of its name where that has several of one family, otherwise one;
     none where the name can't be looked up now."""
@@ -94,9 +104,11 @@ def open_transport(
 
     Raises:
         ValueError: the URL has another scheme or no host, or is in the clear beside files for TLS; options for a stock
-            server and the URL of one of ours, or the other way round; or `compression` is not installed.
+            server and the URL of one of ours, or the other way round; `compression` is not installed; or no header can
+            hold `api_key`.
     """
     check_available(compression)
+    check_key(api_key)
     endpoint = Endpoint(endpoint) if isinstance(endpoint, str) else endpoint
     url, split = endpoint.url, urlsplit(endpoint.url)
     tls.check_url(url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import ssl
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from teacher_api.endpoints import check_key
 from teacher_api.tls import NO_TLS, ClientTls, add_arguments, of_arguments
 
 OK, WRONG, UNREACHABLE = 0, 1, 3
@@ -36,13 +38,14 @@ def fetch(
     """The rows.
 
     Raises:
-        ValueError: the URL is none, the server refuses, or answers something else.
+        ValueError: the URL or the key is none, the server refuses, or answers something else.
         OSError: it can't be reached.
     """
     split = urlsplit(url)
     if split.scheme not in ("http", "https") or not split.hostname:
         raise ValueError(f"{url!r}: expected http://host:port or https://…")
     tls.check_url(url)
+    check_key(key)
     headers = {"accept": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     asked = f"{url.rstrip('/')}/v1/usage?{urlencode({'by': by, 'since': since})}"
     request = urllib.request.Request(asked, headers=headers)
@@ -53,7 +56,9 @@ def fetch(
             return rows
     except urllib.error.HTTPError as error:
         raise ValueError(f"{url}: {_reason(error)}") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except http.client.InvalidURL as error:
+        raise ValueError(f"{url!r}: {error}; expected http://host:port or https://…") from None
+    except (http.client.HTTPException, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{url}: answers no usage; expected the HTTP address of a teacher-serve") from None
 
 

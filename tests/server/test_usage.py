@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 import sqlite3
 import sys
 import threading
@@ -10,6 +12,7 @@ import threading
 import numpy as np
 import pytest
 
+from teacher_api.client import TeacherClient
 from teacher_api.errors import BackendFailed
 from teacher_api.types import Scores
 from teacher_api.usage import main, table
@@ -139,3 +142,39 @@ def test_the_command_asks_a_server(capsys):
         assert "invalid_request: since" in capsys.readouterr().err
     assert main([server.http_url]) == 3
     assert main(["teacher:8300"]) == 1
+
+
+@pytest.mark.parametrize("url", ["http://teacher:http", "http://teacher:80/a b"])
+def test_the_command_refuses_what_is_no_url_in_one_line(url, capsys):
+    assert main([url]) == 1
+    assert re.fullmatch(r"teacher-usage: .*expected http://host:port.*\n", capsys.readouterr().err)
+
+
+def test_the_command_says_in_one_line_that_what_answers_is_no_teacher_over_http(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\n")  # as a port of gRPC does
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert main([f"http://127.0.0.1:{listener.getsockname()[1]}"]) == 1
+        answering.join()
+    assert capsys.readouterr().err.endswith("answers no usage; expected the HTTP address of a teacher-serve\n")
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http", "usage"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(scheme, capsys):
+    key = "pk_only-for-the-server\n"
+    if scheme == "usage":
+        assert main(["http://127.0.0.1:9", "--api-key", key]) == 1
+        said = capsys.readouterr().err
+    else:
+        with pytest.raises(ValueError, match="api_key") as refused:
+            TeacherClient(f"{scheme}://127.0.0.1:9", api_key=key)
+        said = str(refused.value)
+    assert "expected printable ASCII" in said
+    assert "only-for" not in said
