@@ -116,7 +116,7 @@ def _handlers(service: TeacherService, keys: KeyRing) -> grpc.GenericRpcHandler:
 
     async def score_stream(requests: AsyncIterator[bytes], context: Any) -> None:
         async def work(request_id: str, caller: Caller) -> None:
-            await _score_stream(service, requests, caller, request_id, context)
+            await _score_stream(service, keys, requests, caller, request_id, context)
 
         await _answered(context, service, keys, "score_stream", work)
 
@@ -166,9 +166,15 @@ async def _score(
 
 
 async def _score_stream(
-    service: TeacherService, requests: AsyncIterator[bytes], caller: Caller, request_id: str, context: Any
+    service: TeacherService,
+    keys: KeyRing,
+    requests: AsyncIterator[bytes],
+    caller: Caller,
+    request_id: str,
+    context: Any,
 ) -> None:
     service.open_info()
+    authorization = dict(context.invocation_metadata() or ()).get("authorization")
     asked: dict[str, compression.Compression] = {}  # of the completions that are not answered yet
 
     async def decoded() -> AsyncIterator[wire.DecodedRequest]:
@@ -177,7 +183,8 @@ async def _score_stream(
             asked.update(dict.fromkeys(request.ids, request.compression))
             yield request
 
-    session = StreamSession(service, decoded(), caller, context.time_remaining())
+    left_s = context.time_remaining()
+    session = StreamSession(service, decoded(), caller, left_s, lambda: keys.check(authorization))
     async with session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
             allowed = asked.pop(answer.completion_id)

@@ -42,9 +42,13 @@ class Point:
 
 @dataclass(slots=True)
 class Series:
-    """Of one Work, newest last."""
+    """Of one Work, newest last. `computed`, `cached` and `ended` are the sums over `points`, so that reading them costs
+    the same whatever has happened."""
 
     points: deque[Point] = field(default_factory=lambda: deque(maxlen=POINTS))
+    computed: int = 0
+    cached: int = 0
+    ended: Counter[str] = field(default_factory=Counter)  # requests by outcome
     _took: deque[list[int]] = field(default_factory=lambda: deque(maxlen=LATENCY_POINTS))  # at the begin of each step
     _computed: int = 0
     _cached: int = 0
@@ -53,11 +57,11 @@ class Series:
     def sample(self, work: Work, queued: int, missed: int = 0) -> None:
         """The step that ends now; before it `missed` steps, of which nobody knows what was in which."""
         for _ in range(min(missed, POINTS)):
-            self.points.append(Point(0, 0, queued, {}))
+            self._add(Point(0, 0, queued, {}))
             self._took.append(list(work.took.counts))
         now = dict(work.requests.by_outcome)
         ended = {name: number - self._outcomes.get(name, 0) for name, number in now.items()}
-        self.points.append(
+        self._add(
             Point(
                 work.computed_tokens - self._computed,
                 work.cached_tokens - self._cached,
@@ -68,15 +72,24 @@ class Series:
         self._computed, self._cached, self._outcomes = work.computed_tokens, work.cached_tokens, now
         self._took.append(list(work.took.counts))
 
+    def _add(self, point: Point) -> None:
+        if len(self.points) == POINTS:
+            gone = self.points[0]
+            self.computed -= gone.computed
+            self.cached -= gone.cached
+            self.ended.subtract(gone.outcomes)
+        self.points.append(point)
+        self.computed += point.computed
+        self.cached += point.cached
+        self.ended.update(point.outcomes)
+
     def last(self, number: int) -> list[Point]:
-        return list(islice(self.points, max(len(self.points) - number, 0), None))
+        """In time that does not grow with the number of points."""
+        return list(islice(reversed(self.points), number))[::-1]
 
     def outcomes(self) -> dict[str, int]:
-        """Within all points."""
-        found: Counter[str] = Counter()
-        for point in self.points:
-            found.update(point.outcomes)
-        return dict(found)
+        """Within all points; none that is 0."""
+        return {name: number for name, number in self.ended.items() if number}
 
     def latency_s(self, work: Work, shares: tuple[float, ...]) -> list[float | None]:
         """Durations below which each of `shares` of the requests lies that were answered within LATENCY_POINTS steps;

@@ -96,7 +96,7 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
         jobs_of(decoded, info)  # what is wrong with the whole request is a status, not a frame
         zstd = accepts_zstd(request)
         return Frames(
-            coded_pieces(_frames(service, decoded, caller, id_of(request), left_s(request)), zstd),
+            coded_pieces(_frames(service, decoded, caller, request, left_s(request)), zstd),
             service.config.answer_idle_s,
             media_type="application/octet-stream",
             headers=coding_headers(zstd),
@@ -141,15 +141,15 @@ async def _scored(
 
 
 async def _frames(
-    service: TeacherService, decoded: wire.DecodedRequest, caller: Caller, request_id: str, transport_s: float | None
+    service: TeacherService, decoded: wire.DecodedRequest, caller: Caller, request: Request, transport_s: float | None
 ) -> AsyncGenerator[bytes, None]:
     async def once() -> AsyncIterator[wire.DecodedRequest]:
         yield decoded
 
-    session = StreamSession(service, once(), caller, transport_s)
+    session = StreamSession(service, once(), caller, transport_s, request.scope["check_key"])
     async with session, contextlib.aclosing(session.answers()) as answers:
         async for answer in answers:
-            async for frame in streamed_frames(answer, request_id, decoded.compression):
+            async for frame in streamed_frames(answer, id_of(request), decoded.compression):
                 data = frame.SerializeToString()
                 yield struct.pack("<I", len(data)) + data
 
@@ -240,7 +240,8 @@ class _Envelope:
         scope["request_id"] = request_id = outcome.request_id
         try:
             request_id_of(headers.get(REQUEST_ID_HEADER))
-            key = self._keys.check(headers.get("authorization"))
+            scope["check_key"] = lambda: self._keys.check(headers.get("authorization"))
+            key = scope["check_key"]()
             outcome.tenant = key.tenant
             scope["caller"] = key.from_headers(headers)
             outcome.called_by(scope["caller"])

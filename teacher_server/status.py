@@ -28,6 +28,7 @@ def status_of(service: TeacherService, caller: Caller) -> dict[str, Any]:
     else:
         work, series = counts.of(caller.tenant), history.tenants.get(caller.tenant, Series())
         names = [caller.tenant]
+    held = service.admission.held_by_tenant()
     ready, live = service.lifecycle.readyz(), service.lifecycle.livez()
     return {
         "now": round(time.time(), 3),
@@ -40,7 +41,7 @@ def status_of(service: TeacherService, caller: Caller) -> dict[str, Any]:
         "cache": _cache(service, caller),
         **_figures(history, work, series),
         "history": _history(history, series),
-        "tenants": [_tenant(service, name, series) for name in names],
+        "tenants": [_tenant(service, name, series.computed, held.get(name, 0)) for name in names],
     }
 
 
@@ -107,8 +108,8 @@ def _figures(history: History, work: Work, series: Series) -> dict[str, Any]:
         },
         "latency_s": {"p50": p50_s, "p95": p95_s, "p99": p99_s},
         "hour": {
-            "computed_tokens": sum(point.computed for point in series.points),
-            "cached_tokens": sum(point.cached for point in series.points),
+            "computed_tokens": series.computed,
+            "cached_tokens": series.cached,
             "outcomes": series.outcomes(),
         },
         "total": {
@@ -133,16 +134,16 @@ def _history(history: History, series: Series) -> dict[str, Any]:
     }
 
 
-def _tenant(service: TeacherService, name: str, shown: Series) -> dict[str, Any]:
-    """`share` is of the tokens computed within the hour for all tenants that `shown` is of."""
+def _tenant(service: TeacherService, name: str, total: int, held: int) -> dict[str, Any]:
+    """`share` is of the `total` of tokens computed within the hour; `held` is what it has in the queue."""
     history, work = service.history, service.counts.of(name)
     series = history.tenants.get(name, Series())
     figures = _figures(history, work, series)
-    computed, total = figures["hour"]["computed_tokens"], sum(point.computed for point in shown.points)
+    computed = figures["hour"]["computed_tokens"]
     return {
         "name": name,
         "weight": service.tenants.weight_of(name),
         "share": computed / total if total else 0.0,
-        "queue_tokens": service.admission.held_by_tenant().get(name, 0),
+        "queue_tokens": held,
         **{key: figures[key] for key in ("rates", "latency_s", "hour")},
     }

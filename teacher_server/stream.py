@@ -5,10 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from teacher_api.errors import Cancelled, DeadlineExceeded, InvalidRequest, TeacherError, TooLarge
+from teacher_api.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    TeacherError,
+    TooLarge,
+    Unauthenticated,
+)
 from teacher_api.types import Scores
 from teacher_api.wire import DecodedRequest
 from teacher_server.admission import Cost
@@ -19,6 +26,7 @@ from teacher_server.validation import answer_bytes, jobs_of
 from teacher_server.watch import called_by
 
 MAX_STREAM_COMPLETIONS = 1 << 18  # ids remembered to refuse repeats; a few MiB a stream
+KEY_CHECK_S = 0.25  # between two looks whether the keys have changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,10 @@ class StreamSession:
     """`async with StreamSession(...) as session: async for answer in session.answers(): …`
 
     An answer's budget is held until the next one is asked for, that is, until the transport has let go of it.
+
+    Args:
+        check: whose key the stream was opened with; raises Unauthenticated once it is nobody's. Asked when the keys
+            have changed: the stream ends then, with what it has in work.
     """
 
     def __init__(
@@ -50,8 +62,11 @@ class StreamSession:
         requests: AsyncIterator[DecodedRequest],
         caller: Caller,
         transport_s: float | None,
+        check: Callable[[], Caller],
     ) -> None:
         self._service = service
+        self._check = check
+        self._revoked: TeacherError | None = None
         self._caller = caller
         self._requests = requests
         self._transport_s = transport_s
@@ -67,11 +82,12 @@ class StreamSession:
         self._service.refuse_stream_if_full(self._caller)
         self._service.streams.take(self._caller.tenant)
         self._reader = asyncio.create_task(self._read())
+        self._watcher = asyncio.create_task(self._watch_key())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._service.streams.give(self._caller.tenant)
-        tasks = [self._reader, *self._tasks]
+        tasks = [self._reader, self._watcher, *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -89,6 +105,8 @@ class StreamSession:
                     raise item.error
                 return
             try:
+                if self._revoked is not None:
+                    raise self._revoked
                 yield item[0]
             finally:
                 self._let_go(item[1])
@@ -98,6 +116,23 @@ class StreamSession:
             self._service.admission.give(cost)
         self.in_work -= 1
         self._room.release()
+
+    async def _watch_key(self) -> None:
+        """Ends the stream when its key is revoked, or given to another tenant."""
+        tenants = self._service.tenants
+        seen = tenants.digests
+        while self._revoked is None:
+            await asyncio.sleep(KEY_CHECK_S)
+            if tenants.digests is seen:
+                continue
+            seen = tenants.digests
+            try:
+                if self._check().tenant != self._caller.tenant:
+                    raise Unauthenticated("the key is another tenant's now", field="authorization")
+            except TeacherError as error:
+                self._revoked = error
+                self._reader.cancel()
+                self._answers.put_nowait(_End(error))
 
     async def _read(self) -> None:
         error: Exception | None = None

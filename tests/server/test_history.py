@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 import numpy as np
 from hypothesis import given, settings
@@ -65,6 +66,29 @@ def test_an_hour_and_no_more_is_kept() -> None:
     for _ in range(POINTS + 50):
         kept.sample()
     assert len(kept.all.points) == POINTS
+
+
+def test_the_sums_of_the_hour_are_those_of_its_points() -> None:
+    counts = Counts()
+    kept = History(counts, lambda: 0, dict)
+    random = np.random.default_rng(1)
+    for n in range(2 * POINTS + 7):
+        counts.all.computed_tokens += int(random.integers(9))
+        counts.all.cached_tokens += int(random.integers(9))
+        for name in random.choice([OK, "overloaded", "cancelled"], size=random.integers(3)):
+            counts.all.requests.end(str(name))
+        if n == POINTS // 2:
+            counts.all.requests.end("internal")  # long over by the end
+        kept.sample(missed=int(n % 50 == 0))
+    points = kept.all.points
+    ended: Counter[str] = Counter()
+    for point in points:
+        ended.update(point.outcomes)
+    assert (kept.all.computed, kept.all.cached) == (sum(p.computed for p in points), sum(p.cached for p in points))
+    assert kept.all.outcomes() == dict(ended)
+    assert "internal" not in ended
+    assert kept.all.last(7) == list(points)[-7:]
+    assert kept.all.last(2 * POINTS) == list(points)
 
 
 def test_durations_are_of_the_last_steps_only() -> None:

@@ -16,6 +16,7 @@ from serving import Server, channel, post, request_of, serving
 
 from teacher_api import wire
 from teacher_server import history
+from teacher_server.admission import Cost
 from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.lifecycle import Lifecycle
@@ -184,3 +185,20 @@ def test_while_the_model_loads_there_is_a_status_too() -> None:
         assert found["state"] == {"ready": False, "status": "starting", "live": True}
         assert found["rates"] == {"tokens": 0, "cached_tokens": 0, "requests": 0, "refused": 0}
         assert found["latency_s"] == {"p50": None, "p95": None, "p99": None}
+
+
+def test_a_page_of_many_tenants_costs_the_event_loop_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the queue is added up once, however many ask for their part of it."""
+    hashed = {f"t{n}": {"keys": [f"sha256:{hashlib.sha256(b'%d' % n).hexdigest()}"]} for n in range(200)}
+    config = ServerConfig(model="m", backend="fake", tenants=hashed)
+    service = TeacherService(config, Lifecycle(stall_s=1.0, high_water=1.0))
+    for name in hashed:
+        service.counts.of(name)
+        service.admission.adopt(Cost(3, 1, Caller(name)))
+    service.history.sample()
+    asked: list[int] = []
+    held_by_tenant = service.admission.held_by_tenant
+    monkeypatch.setattr(service.admission, "held_by_tenant", lambda: (asked.append(1), held_by_tenant())[1])
+    rows = status_of(service, Caller("t0", is_admin=True))["tenants"]
+    assert [row["queue_tokens"] for row in rows] == 200 * [3]
+    assert len(asked) == 1

@@ -42,7 +42,7 @@ def test_a_caller_that_leaves_as_its_sequence_is_accepted_gives_the_budget_back(
     monkeypatch.setattr(service, "run_one", run_one)
 
     async def leaving() -> None:
-        async with StreamSession(service, silence(), Caller(), None) as session:
+        async with StreamSession(service, silence(), Caller(), None, Caller) as session:
             await session._room.acquire()
             session.in_work += 1
             await session._start(a_job(), 100, asyncio.get_running_loop().time() + 60, Caller(), "f")

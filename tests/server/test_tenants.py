@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from teacher_server.auth import KeyRing
 from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
 from teacher_server.tenants import Tenant, Tenants, read_tenants
-from tests.serving import serving
+from tests.serving import channel, serving, status_of
 
 PROBES = ("/livez", "/readyz", "/health")
 KEYS = {"vision": "pk_vision-0123456789abcdef0123456789", "ops": "pk_ops-0123456789abcdef0123456789abcd"}
@@ -288,6 +289,44 @@ def test_keys_change_without_a_restart_and_are_never_logged(server, capfd):
     until(old, 200)
     logged = "".join(capfd.readouterr())
     assert not any(key in logged or digest(key) in logged for key in (old, new, KEYS["ops"]))
+
+
+@pytest.mark.slow
+def test_a_stream_ends_soon_after_its_key_was_revoked_and_no_others_does(server):
+    """Silent streams, which nothing but their key would end."""
+    calls, over = {}, threading.Event()
+
+    def silence():
+        over.wait(60)
+        yield from ()
+
+    with channel(server) as opened:
+        method = opened.stream_stream("/teacher.v1.TeacherService/ScoreStream")
+        try:
+            for name in KEYS:
+                calls[name] = method(silence(), metadata=(("authorization", bearer(KEYS[name])),), timeout=60)
+            deadline = time.monotonic() + 20
+            ops = {"authorization": bearer(KEYS["ops"])}
+            while server.http.get(f"{server.http_url}/v1/status", headers=ops).json()["queue"]["streams"] < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            write(server.tenants_path, {"ops": tenants()["ops"]})
+            revoked = time.monotonic()
+            with pytest.raises(grpc.RpcError) as refused:
+                next(calls["vision"])
+            took_s = time.monotonic() - revoked
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert status_of(refused.value)[1].reason == "unauthenticated"
+            assert took_s < 5, "the file is looked at every second"
+            assert calls["ops"].is_active()
+        finally:
+            write(server.tenants_path, tenants())
+            over.set()
+        assert list(calls["ops"]) == []
+    vision = {"authorization": bearer(KEYS["vision"])}
+    while server.http.get(f"{server.http_url}/v1/info", headers=vision).status_code != 200:  # for the tests after this
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
