@@ -2,8 +2,9 @@
 again, and holds all to one fingerprint. A single server is the simplest case. Retries nothing: a call that failed is
 asked again by asking.py, and then goes to another server.
 
-Invariants: work goes only to servers whose fingerprint is the agreed one; while none is up calls wait and nothing but
-one small question at a time is asked of each; a server that came back gets one call, then two, then four at a time.
+Invariants: work goes only to servers whose fingerprint is the agreed one, and, while there is one, to those that can do
+what callers were told; while none is up calls wait and nothing but one small question at a time is asked of each; a
+server that came back gets one call, then two, then four at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from teacher_api import errors
 from teacher_api.endpoints import Endpoint, endpoints_of
-from teacher_api.errors import FingerprintMismatch, TeacherError, Unavailable
+from teacher_api.errors import FingerprintMismatch, TeacherError, Unavailable, Unsupported
 from teacher_api.frames import error_in
 from teacher_api.placing import Placing, groups_of, num_tokens
 from teacher_api.replica import Replica
@@ -55,6 +56,7 @@ class Replicas:
         self._replicas = [Replica(Endpoint(url), open_one(Endpoint(url))) for url in self._urls]
         self._placing = Placing()
         self._fingerprints: dict[str, str] = {}  # agreed, by teacher
+        self._told: dict[str, pb.TeacherInfo] = {}  # limits and features that callers were told of, by teacher
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._looking_up: asyncio.Task[None] | None = None
@@ -82,6 +84,8 @@ class Replicas:
         merged.CopyFrom(found[0])
         for other in found[1:]:
             _merge(merged, other)
+        self._told[teacher] = told = pb.TeacherInfo()
+        told.CopyFrom(merged)
         return merged
 
     async def score(self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str) -> pb.ScoreResponse:
@@ -226,7 +230,7 @@ class Replicas:
             await asyncio.sleep(pause_s)
             try:
                 await self._introduced(replica)
-            except FingerprintMismatch as error:
+            except (FingerprintMismatch, Unsupported) as error:
                 if not refused:
                     _log.warning("teacher %s stays left out: %s", replica.endpoint, error)
                 refused, replica.down = True, f"{replica.endpoint}: {error.message}"[:400]
@@ -240,8 +244,8 @@ class Replicas:
                 return
 
     async def _introduced(self, replica: Replica) -> None:
-        """Asks a server who it is. Raises FingerprintMismatch where that is not the agreed teacher: of one server
-        alone that is for the client to say."""
+        """Asks a server who it is. Raises FingerprintMismatch where that is not the agreed teacher, and Unsupported
+        where it can do less than callers were told: of one server alone that is for the client to say."""
         for teacher, agreed in list(self._fingerprints.items()) or [("", "")]:
             info = await replica.transport.info(timeout_s=PROBE_TIMEOUT_S, request_id=uuid.uuid4().hex, teacher=teacher)
             replica.fingerprints[teacher] = info.fingerprint
@@ -249,6 +253,19 @@ class Replicas:
                 raise FingerprintMismatch(
                     f"expected teacher {agreed!r:.80}, at {replica.endpoint} is {info.fingerprint!r:.80}"
                 )
+            self._check_told(replica, info, teacher)
+
+    def _check_told(self, replica: Replica, info: pb.TeacherInfo, teacher: str) -> None:
+        """Requests are as large as the servers said that they take at first: one that takes less would refuse them.
+        Where there is no other it is better than none."""
+        told = self._told.get(teacher)
+        if told is None or not (less := _less_than(told, info)):
+            return
+        if any(other is not replica and not other.down for other in self._replicas):
+            raise Unsupported(f"{less}, and callers reckon with that; expected the limits and features of the others")
+        if len(self._replicas) > 1:
+            _log.warning("teacher %s is alone and does less than was agreed: %s", replica.endpoint, less)
+        _merge(told, info)
 
     # ---- agreeing ----------------------------------------------------------------------------------------------------
 
@@ -340,6 +357,15 @@ class Replicas:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _less_than(told: pb.TeacherInfo, info: pb.TeacherInfo) -> str:
+    """What `info` has less of than `told`, in words; empty: nothing."""
+    for name in _LIMITS:
+        if getattr(info, name) < getattr(told, name):
+            return f"its {name} is {getattr(info, name)}, that of the others {getattr(told, name)}"
+    missing = [value for value in told.features if value not in info.features]
+    return f"it has not the features {', '.join(missing)[:200]}" if missing else ""
 
 
 def _merge(info: pb.TeacherInfo, other: pb.TeacherInfo) -> None:
