@@ -113,23 +113,37 @@ def by(ours: str, apply: Apply, remark: str = "") -> Rule:
 
 
 def follow(table: Table, theirs: Mapping[str, Any], system: str, unknown: str) -> Migration:
-    """Applies the rules to their flat keys.
+    """Applies the rules to their flat keys, in their order; no key changes what one before it said.
 
     Args:
         unknown: why a key without a rule is left.
     """
     migration = Migration(system, theirs=dict(theirs))
+    said_by: dict[str, str] = {}
     for key, value in theirs.items():
         rule = rule_of(table, key)
         if rule is None:
             migration.leave(key, value, unknown)
             continue
+        before = dict(migration.settings)
         try:
             rule.apply(migration, key, value)
         except UNCONVERTIBLE:
             ours = rule.ours.replace("`", "") or "ours"
             migration.leave(key, value, f"not a value that {ours} has a counterpart for")
+        said_by |= dict.fromkeys(migration.settings.keys() - before.keys(), key)
+        _keep_what_was_said(migration, before, said_by, key, value)
     return migration
+
+
+def _keep_what_was_said(
+    migration: Migration, before: Mapping[str, Any], said_by: Mapping[str, str], key: str, value: Any
+) -> None:
+    """Two keys of theirs for one of ours, with different values: the first holds, the other is named."""
+    for ours, was in before.items():
+        if migration.settings.get(ours, was) != was:
+            migration.set(ours, was)
+            migration.leave(key, value, f"{ours} is {was!r} by {said_by[ours]} already, expected one value")
 
 
 def rule_of(table: Table, key: str) -> Rule | None:

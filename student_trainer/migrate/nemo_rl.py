@@ -96,6 +96,19 @@ def _scheduler(migration: Migration, key: str, value: Any) -> None:
             migration.leave(key, entry, "expected LinearLR, CosineAnnealingLR or ConstantLR")
 
 
+def _tokens_of(section: str) -> Rule:
+    """Tokens of a micro-batch, of a section that may be switched off while another key says how many."""
+
+    def apply(migration: Migration, key: str, value: Any) -> None:
+        others = [name for name in migration.theirs if name.endswith("train_mb_tokens") and name != key]
+        if others and not truth(migration.theirs.get(f"{section}.enabled", True)):
+            migration.leave(key, value, f"{section}.enabled is false, and {others[0]} is there")
+        else:
+            migration.set("train.micro_batch_tokens", integer(value))
+
+    return by("`train.micro_batch_tokens`", apply)
+
+
 def _gpus(migration: Migration, key: str, value: Any) -> None:
     nodes = integer(migration.theirs.get("cluster.num_nodes", 1) or 1)
     if nodes > 1:
@@ -182,10 +195,10 @@ TABLE: Table = {
     "policy.dtensor_cfg.*": covered("fsdp2's own choices"),
     "policy.megatron_cfg.enabled": unless(False, "Megatron is not offered: train.strategy"),
     "policy.megatron_cfg.*": covered("belongs to Megatron"),
-    "policy.dynamic_batching.train_mb_tokens": to("train.micro_batch_tokens", integer),
+    "policy.dynamic_batching.train_mb_tokens": _tokens_of("policy.dynamic_batching"),
     "policy.dynamic_batching.*": covered("micro-batches always go by tokens"),
     "policy.sequence_packing.enabled": to("train.packing", lambda value: "on" if truth(value) else "off"),
-    "policy.sequence_packing.train_mb_tokens": to("train.micro_batch_tokens", integer),
+    "policy.sequence_packing.train_mb_tokens": _tokens_of("policy.sequence_packing"),
     "policy.sequence_packing.*": covered("first fit, longest first"),
     "policy.generation.colocated.enabled": covered("see policy.generation.backend"),
     "policy.generation.colocated.*": covered(ENGINE),

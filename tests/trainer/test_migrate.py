@@ -364,6 +364,48 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
         cli.migrate(str(file))
 
 
+PACKING = (
+    "policy: {{dynamic_batching: {{enabled: {0}, train_mb_tokens: 4096}}, sequence_packing: {{train_mb_tokens: 8192}}}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "value", "named"),
+    [
+        (
+            PACKING.format("true"), "train.micro_batch_tokens", 4096,
+            "policy.sequence_packing.train_mb_tokens = 8192: train.micro_batch_tokens is 4096 by "
+            "policy.dynamic_batching.train_mb_tokens already, expected one value",
+        ),
+        (
+            PACKING.format("false"), "train.micro_batch_tokens", 8192,
+            "policy.dynamic_batching.train_mb_tokens = 4096: policy.dynamic_batching.enabled is false",
+        ),
+        (
+            "policy: {model_name: org/student}\ndistillation: {max_steps: 5, max_num_steps: 9}",
+            "train.steps", 5, "distillation.max_num_steps = 9: train.steps is 5 by distillation.max_steps already",
+        ),
+        (
+            "data: {dataset_name: gsm8k, train: {dataset_name: tulu3}}\npolicy: {model_name: org/student}",
+            "data.preset", "gsm8k",
+            "data.train.dataset_name = 'tulu3': data.preset is 'gsm8k' by data.dataset_name already",
+        ),
+    ],
+)  # fmt: skip
+def test_two_keys_for_one_of_ours_are_named(given: str, key: str, value: Any, named: str, tmp_path: Path) -> None:
+    found, notes = migrated(given, tmp_path, ".yaml")
+    assert found[key] == value
+    assert any(f"Not carried over: {named}" in note for note in notes), notes
+
+
+def test_two_keys_that_say_the_same_need_no_word(tmp_path: Path) -> None:
+    found, notes = migrated(
+        "policy: {sequence_packing: {train_mb_tokens: 512}}\ntrain_mb_tokens: 512", tmp_path, ".yaml"
+    )
+    assert found["train.micro_batch_tokens"] == 512
+    assert not any("train_mb_tokens" in note for note in notes), notes
+
+
 def test_references_resolve() -> None:
     tree = {
         "a": {"b": 3, "c": "${a.b}", "d": "${.b}", "e": {"f": "${..b}", "g": "${mul:${a.b}, 2}"}},
