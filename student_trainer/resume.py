@@ -191,7 +191,7 @@ def _recorded(run_dir: Path) -> dict[str, Any] | None:
     try:
         recorded: dict[str, Any] = json.loads(path.read_text())
         dict(recorded["experiment"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path} can't be read: {error}; use another train.output_dir") from error
     return recorded
 

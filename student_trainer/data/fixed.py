@@ -111,10 +111,8 @@ class Completions:
     def _read(self, source: str) -> dict[bytes, list[Fixed]]:
         """Completions by the token ids of their prompt."""
         path = Path(source).expanduser()
-        if not path.is_file():
-            raise DataError(f"data.fixed_source {source}: no such file")
         written: dict[bytes, list[Fixed]] = {}
-        for where, line in sources.from_jsonl(path):
+        for where, line in _lines_of(path, source):
             try:
                 prompt = self._ids(line["prompt_token_ids"])
                 given = [self._completion(each) for each in line["completions"]]
@@ -140,6 +138,17 @@ class Completions:
         if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= len(self._tokenizer):
             raise ValueError(f"token ids outside the tokenizer's {len(self._tokenizer)}, or none")
         return ids.astype(np.int32)
+
+
+def _lines_of(path: Path, source: str) -> sources.Records:
+    """The lines of data.fixed_source, whatever its name ends in."""
+    try:
+        if not path.is_file():
+            what = "a directory, expected a file" if path.is_dir() else "no such file"
+            raise DataError(f"data.fixed_source {source}: {what}")
+        yield from sources.from_jsonl(path)
+    except OSError as error:
+        raise sources.unreadable("data.fixed_source", source, error) from None
 
 
 def _key(token_ids: IntArray) -> bytes:

@@ -41,9 +41,16 @@ def open_source(config: PromptConfig) -> Opened:
     """What reads the records of `config.source` in its own order.
 
     Raises:
-        DataError: there is no such file, module, class or dataset. Also raised while reading: content that can't be
-            read.
+        DataError: there is no such file, module, class or dataset, or it can't be read. Also raised while reading:
+            content that can't be read.
     """
+    try:
+        return _opened(config)
+    except OSError as error:  # of looking whether it is there
+        raise unreadable("data.source", config.source, error) from None
+
+
+def _opened(config: PromptConfig) -> Opened:
     source = config.source
     if not source:
         raise DataError(
@@ -59,7 +66,7 @@ def open_source(config: PromptConfig) -> Opened:
     if reader is not None:
         if not path.is_file():
             raise DataError(f"data.source {source}: no such file")
-        return _limited(_skipping(lambda: reader(path)), config.limit)
+        return _limited(_skipping(lambda: from_file(path, "data.source")), config.limit)
     if path.exists():
         raise DataError(f"data.source {source}: unknown kind of file; expected one of {', '.join(FILE_READERS)}")
     if ":" in source:
@@ -85,7 +92,7 @@ def _skipping(fresh: Callable[[], Records]) -> Opened:
 
 def _in_order(files: list[Path]) -> Opened:
     """One file after the other."""
-    return _skipping(lambda: (pair for file in files for pair in FILE_READERS[file.suffix.lower()](file)))
+    return _skipping(lambda: (pair for file in files for pair in from_file(file, "data.source")))
 
 
 def _files_of(directory: Path) -> list[Path]:
@@ -197,6 +204,8 @@ def from_parquet(path: Path) -> Records:
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not a Parquet file: {first_line(error)}") from None
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's own, not of what is in the file
+            raise
         raise DataError(f"{path}: a damaged Parquet file: {first_line(error)}") from None
 
 
@@ -230,6 +239,25 @@ FILE_READERS: dict[str, Callable[[Path], Records]] = {
     ".parquet": from_parquet,
     ".csv": from_csv,
 }
+
+
+def from_file(path: Path, key: str) -> Records:
+    """The records of a file whose kind its name tells.
+
+    Args:
+        key: the option that names the file.
+    Raises:
+        DataError: content that can't be read, or the file itself: no permission, not there any more, a disk's error.
+    """
+    try:
+        yield from FILE_READERS[path.suffix.lower()](path)
+    except OSError as error:
+        raise unreadable(key, path, error) from None
+
+
+def unreadable(key: str, path: Path | str, error: OSError) -> DataError:
+    """What to raise for a file that can't be read."""
+    return DataError(f"{key} {path}: can't be read: {error.strerror or first_line(error)}")
 
 
 def _parse_json(where: str, text: str) -> Any:

@@ -217,6 +217,11 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, line: dict[str, Any
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         opened(path, fixed_source=str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(DataError, match=r"data\.fixed_source .*: a directory, expected a file"):
+        opened(path, fixed_source=str(tmp_path))
+    (tmp_path / "mem.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"data\.fixed_source .*mem\.jsonl: can't be read: Input/output error"):
+        opened(path, fixed_source=str(tmp_path / "mem.jsonl"))
 
 
 # -- what is refused, or left out

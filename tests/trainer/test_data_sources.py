@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -252,3 +253,38 @@ def test_a_number_that_is_none_is_no_answer(tmp_path: Path, key: str | None) -> 
     pq.write_table(pa.table({"question": ["a", "b"], "answer": [4.5, float("nan")]}), path)
     found = load_prompts(DataConfig(source=str(path), answer_key=key), tiny_tokenizer()).all()
     assert [prompt.answer for prompt in found] == ["4.5", None]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+def test_a_file_that_the_system_does_not_read_is_one_line(tmp_path: Path, suffix: str) -> None:
+    """A page of this process that is not there: the disk's error, after the file was opened."""
+    path = tmp_path / f"data{suffix}"
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=rf"data\.source .*data{suffix}: can't be read: Input/output error"):
+        load_prompts(DataConfig(source=str(path)), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("in_directory", [False, True])
+def test_a_file_that_is_gone_when_it_is_read_is_one_line(tmp_path: Path, suffix: str, in_directory: bool) -> None:
+    """As where a stream's second epoch begins."""
+    path = tmp_path / f"data{suffix}"
+    path.touch()
+    opened = sources.open_source(DataConfig(source=str(tmp_path if in_directory else path)))
+    path.unlink()
+    with pytest.raises(DataError, match=rf"data\.source .*data{suffix}: can't be read: .*[Nn]o such file"):
+        next(opened(0))
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.jsonl"
+    path.touch()
+
+    def refused(self: Path, *args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    for name in ("open", "is_dir"):  # the file, and the directory it is in
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, refused)
+            with pytest.raises(DataError, match=r"data\.source .*data\.jsonl: can't be read: Permission denied"):
+                load_prompts(DataConfig(source=str(path)), tiny_tokenizer())

@@ -280,6 +280,7 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["optim.learning_rate=-1"], "optim.learning_rate"),
     (["train.steps=many"], "train.steps"),
     (["--prompts=nowhere.txt"], "nowhere.txt"),
+    ([f"--prompts={'a' * 300}.txt"], "can't be read: File name too long"),
     (["--student=./nowhere"], "not a directory"),
     (["student.device=gpu"], "student.device"),
     (["--config=nowhere.yaml"], "nowhere.yaml"),
