@@ -9,6 +9,7 @@ its share for longer than the engine takes to answer what was accepted before.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
@@ -75,6 +76,45 @@ class _Place:
     until: float
 
 
+class _Line:
+    """Those of one tenant who were told to come back, and what they want together. Nothing looks at all of them."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._places: dict[Hashable, _Place] = {}
+        self._ends: list[tuple[float, int, Hashable]] = []  # a heap; also of places that were left since
+        self._added = 0
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, who: Hashable) -> _Place | None:
+        return self._places.get(who)
+
+    def add(self, who: Hashable, place: _Place) -> None:
+        self.leave(who)
+        self._places[who] = place
+        self.tokens += place.tokens
+        self._added += 1
+        heapq.heappush(self._ends, (place.until, self._added, who))
+        if len(self._ends) > 2 * MAX_PLACES:
+            self._ends = [(one.until, n, who) for n, (who, one) in enumerate(self._places.items())]
+            heapq.heapify(self._ends)
+
+    def leave(self, who: Hashable) -> None:
+        place = self._places.pop(who, None)
+        if place is not None:
+            self.tokens -= place.tokens
+
+    def forget(self, now: float) -> None:
+        """Those who did not come in time."""
+        while self._ends and self._ends[0][0] < now:
+            until, _, who = heapq.heappop(self._ends)
+            place = self._places.get(who)
+            if place is not None and place.until == until:
+                self.leave(who)
+
+
 class Admission:
     """The two budgets.
 
@@ -104,7 +144,7 @@ class Admission:
         self._flows: OrderedDict[Flow, _Held] = OrderedDict()  # those that want something, who asked longest ago first
         self._experiments: Counter[str] = Counter()  # among them, by tenant
         self._tenants: dict[str, _Held] = {}
-        self._places: dict[str, dict[Hashable, _Place]] = {}  # by tenant, who came first first
+        self._places: dict[str, _Line] = {}  # by tenant
         self._rates: dict[str, TokenRate] = {}
         self._waiting: OrderedDict[Flow, deque[tuple[Cost, asyncio.Future[None]]]] = OrderedDict()
 
@@ -138,7 +178,8 @@ class Admission:
                 f"{cost.tokens} tokens more would pass the rate of tenant {cost.caller.tenant!r}; come back later",
                 retry_after_s=delay_s,
             )
-        self._places.get(cost.caller.tenant, {}).pop(cost.who, None)
+        if (line := self._places.get(cost.caller.tenant)) is not None:
+            line.leave(cost.who)
         self._add(cost)
 
     def _is_its_turn(self, cost: Cost) -> bool:
@@ -148,12 +189,11 @@ class Admission:
         places = self._places.get(tenant)
         if not places or not cost.tokens:
             return True
-        for who in [who for who, place in places.items() if place.until < now]:
-            del places[who]
+        places.forget(now)
         own = places.get(cost.who)
         if own is not None and own.at <= now:
             return True
-        ahead = sum(place.tokens for who, place in places.items() if who != cost.who)
+        ahead = places.tokens - (own.tokens if own is not None else 0)
         room = self._share_of_tenant(tenant) * self.max_tokens - self._tenants[tenant].tokens - cost.tokens
         return room >= min(ahead, self._share_of_tenant(tenant) * self.max_tokens / 2)
 
@@ -163,17 +203,18 @@ class Admission:
         if rate <= 0:
             return RETRY_AFTER_UNKNOWN_S
         low, high = RETRY_AFTER_S
-        places = self._places.setdefault(tenant, {})
+        places = self._places.setdefault(tenant, _Line())
         own = places.get(cost.who)
         if own is not None:  # it came early, or others are late to leave
             return min(max(own.at - now, low), high)
         share = self._share_of_tenant(tenant)
-        ahead = sum(place.tokens for place in places.values())
+        ahead = places.tokens
         held = max(self._tenants[tenant].tokens - share * self.max_tokens, self.tokens - self.max_tokens)
         excess = max(ahead + held + cost.tokens, cost.tokens)
         delay_s = min(max(excess / (rate * min(share / SHARED, 1.0)), low), high)
         if len(places) < MAX_PLACES:
-            places[cost.who] = _Place(cost.tokens, now + delay_s, now + delay_s + max(KEPT_S, KEPT_SHARE * delay_s))
+            until = now + delay_s + max(KEPT_S, KEPT_SHARE * delay_s)
+            places.add(cost.who, _Place(cost.tokens, now + delay_s, until))
         return delay_s
 
     async def wait(self, cost: Cost) -> None:
