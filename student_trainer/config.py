@@ -24,6 +24,7 @@ from student_trainer.teachers.config import (
     NamedTeacherConfig,
     TeacherConfig,
     TeachingConfig,
+    check_metric,
     check_teachers,
     check_views,
     prefix,
@@ -192,6 +193,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _checkpoints_ranked_by_what_is_measured(self) -> TrainConfig:
+        if ":" not in self.loss.objective:  # one of the user's own may measure things of any name
+            check_metric(self.checkpoint.metric, self.teachers)
         if self.checkpoint.metric.startswith(EVAL_PREFIX) and not self.eval.every:
             for name in ("keep_top_k", "mode"):
                 got = getattr(self.checkpoint, name)

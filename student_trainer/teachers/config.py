@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from teacher_api.tls import SECURE_SCHEMES
 
 ONLY = ""
 """Name of the teacher of a run that has one."""
+FIGURES = ("delta", "student_mass", "teacher_mass", "tokens", "step")
+"""What a step may say of one of several teachers, as NAME/delta; times apart, by which nothing is ranked."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -224,6 +227,18 @@ def check_views(teachers: Mapping[str, TeacherConfig], *, on_prompt: bool, packe
 def prefix(name: str) -> str:
     """What the keys of the teacher `name` begin with."""
     return f"teachers.{name}" if name else "teacher"
+
+
+def check_metric(metric: str, teachers: Mapping[str, NamedTeacherConfig]) -> None:
+    """Raises ValueError for a checkpoint.metric that is of a teacher, but of none of these, or no figure of theirs: no
+    step would have it, and nothing be ranked."""
+    known = [f"{name}/{figure}" for name in teachers for figure in FIGURES]
+    if "/" not in metric or metric in known:
+        return
+    near = difflib.get_close_matches(metric, known, n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    expected = f"one of {', '.join(known)}" if known else "one without a slash: no teachers have names here"
+    raise ValueError(f"checkpoint.metric: got {metric!r}, expected {expected}{meant}")
 
 
 def check_teachers(

@@ -223,6 +223,15 @@ def read(**sections: Any) -> TrainConfig:
     return TrainConfig.model_validate({**WHOLE, **sections})
 
 
+@pytest.mark.parametrize("name", TWO)
+def test_what_a_step_says_of_a_teacher_may_rank_checkpoints(name: str) -> None:
+    sums = {"delta": 6.0, "teacher_mass": 1.0, "student_mass": 1.0, "trained_tokens": 3.0}
+    for metric in (f"{name}/tokens", *(key for key in metrics.of_teacher(name, sums) if not key.startswith("rows_of"))):
+        assert read(teachers=TWO, checkpoint={"metric": metric}).checkpoint.metric == metric
+    own = {"objective": "math:fsum"}
+    assert read(teachers=TWO, loss=own, checkpoint={"metric": "a/b"}).checkpoint.metric == "a/b"
+
+
 LAW = {"url": "grpc://c:1", "domains": ["law"]}
 MORE = {"domains": [*DOMAINS, {"name": "law", "source": "l.txt"}]}
 
@@ -231,6 +240,18 @@ MORE = {"domains": [*DOMAINS, {"name": "law", "source": "l.txt"}]}
     ("sections", "words"),
     [
         ({"teachers": TWO, "teacher": {"url": "grpc://c:1"}}, "teacher: got it beside teachers"),
+        (
+            {"teachers": TWO, "checkpoint": {"metric": "mth/delta"}},
+            "checkpoint.metric: got 'mth/delta', expected one of math/delta, .*did you mean math/delta",
+        ),
+        (
+            {"teachers": TWO, "checkpoint": {"metric": "code/dleta", "mode": "min"}},
+            "checkpoint.metric: got 'code/dleta', .*did you mean code/delta",
+        ),
+        (
+            {"teacher": {"url": "grpc://c:1"}, "checkpoint": {"metric": "math/delta"}},
+            "checkpoint.metric: got 'math/delta', expected one without a slash",
+        ),
         (
             {"teacher": {"url": "grpc://c:1"}, "teaching": {"by": "mixture"}},
             "teaching.by: got mixture without teachers",
