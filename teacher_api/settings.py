@@ -47,15 +47,22 @@ class Extras:
         return switch.replace("-", "_") in self.switches
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML, except that a key given twice is an error and not a silent choice of the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                mark = node.value[i][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", mark)
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            try:
+                is_twice = key in seen
+                seen.add(key)
+            except TypeError:  # no key of a mapping can be a mapping: refused below
+                continue
+            if is_twice:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -148,7 +155,7 @@ def load(
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        loaded = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise SettingsError(f"{path}: can't be read: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -18,7 +18,7 @@ import structlog
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from teacher_api.settings import Section
+from teacher_api.settings import Section, UniqueKeys
 from teacher_server.caller import DEFAULT_TENANT
 
 log = structlog.get_logger("teacher_server.tenants")
@@ -86,15 +86,25 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
         data = path.read_bytes()
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"{path}: {len(data)} bytes; expected at most {MAX_FILE_BYTES}")
-        found = _File.model_validate(yaml.safe_load(data)).tenants
+        found = _File.model_validate(yaml.load(data, UniqueKeys)).tenants
         check_tenants(found)
     except OSError as error:
         raise ValueError(f"{path}: can't be read: {error.strerror or error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"{path}: not valid YAML{f' at line {mark.line + 1}' if mark else ''}") from None
+        what = (
+            "a name that is there twice" if "is there twice" in str(getattr(error, "problem", "")) else "not valid YAML"
+        )
+        raise ValueError(f"{path}: {what}{f' at line {mark.line + 1}' if mark else ''}") from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
+    except (
+        IndexError,
+        KeyError,
+        AttributeError,
+        TypeError,
+    ):  # PyYAML's, of a tag with a value not of its type
+        raise ValueError(f"{path}: not valid YAML: a value does not fit its tag") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise ValueError(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None

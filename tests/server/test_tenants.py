@@ -168,6 +168,32 @@ def test_a_file_that_is_nested_without_end_is_refused_in_a_line(tmp_path):
         read_tenants(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tenants:\n  a: {{keys: ['{0}']}}\n  a: {{keys: ['{1}']}}\n", "a name that is there twice at line 3"),
+        ("tenants: {{a: {{keys: ['{0}'], weight: !!int ''}}}}", "not valid YAML"),
+        ("tenants: {{a: {{keys: ['{0}'], admin: !!bool maybe}}}}", "not valid YAML"),
+        ("tenants: {{a: {{keys: ['{0}'], weight: !!timestamp x}}}}", "not valid YAML"),
+    ],
+)
+def test_a_file_that_says_a_tenant_twice_or_a_value_of_no_type_is_refused_and_looked_at_further(
+    tmp_path, text, expected
+):
+    path = tmp_path / "tenants.yaml"
+    write(path, tenants())
+    now = Tenants({}, path)
+    path.write_text(text.format(digest("x"), digest("y")))
+    with pytest.raises(ValueError, match=f"tenants.yaml: {expected}") as refused:
+        read_tenants(path)
+    assert digest("x") not in str(refused.value)
+    now.read_again()
+    assert now.names == ("vision", "ops")
+    write(path, {"ops": tenants()["ops"]})
+    now.read_again()
+    assert now.names == ("ops",)
+
+
 def test_a_file_that_loses_its_last_key_opens_nothing(tmp_path):
     path = tmp_path / "tenants.yaml"
     write(path, tenants())
