@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SECRETS = ("API_KEY", "TOKEN", "PASSWORD", "SECRET")
-"""Values of environment variables with one of these in their names are never repeated."""
+SECRETS = re.compile(r"api_?key|password|secret|(^|[^a-z])token$", re.IGNORECASE)
+"""Values under names in which this is found are never repeated: of variables, options and keys of files."""
 
 
 class MigrationError(ValueError):
@@ -23,7 +24,7 @@ class Left:
     why: str
 
     def __str__(self) -> str:
-        hidden = self.key.isupper() and any(word in self.key for word in SECRETS)
+        hidden = SECRETS.search(self.key) or (self.key.isupper() and "TOKEN" in self.key)
         shown = "…" if hidden else repr(self.value)
         return f"{self.key} = {shown}: {self.why}"
 

@@ -364,6 +364,27 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
         cli.migrate(str(file))
 
 
+@pytest.mark.parametrize(
+    ("given", "suffix"),
+    [
+        ("kd_objective: forward_kl\nhf_token: hush\ntracker_kwargs: {api_key: hush}", ".yaml"),
+        ("kd_objective: forward_kl\nstudent: {training_args: {hub_token: hush, deepspeed_secret: hush}}", ".yaml"),
+        ("python train_on_policy_local.py --wandb_api_key hush --db-password=hush --token hush", ""),
+        ("HF_TOKEN=hush HF_TOKEN_2=hush WANDB_API_KEY=hush python train_on_policy_local.py --steps 3", ""),
+    ],
+)
+def test_no_secret_is_repeated(given: str, suffix: str, tmp_path: Path) -> None:
+    _, notes = migrated(given, tmp_path, suffix)
+    assert not any("hush" in note for note in notes), notes
+    assert any("= …: " in note for note in notes), notes
+
+
+def test_a_number_of_tokens_is_no_secret(tmp_path: Path) -> None:
+    _, notes = migrated("python train_on_policy_local.py --max_new_tokens many --stop-token-id=x", tmp_path)
+    assert any("max_new_tokens = 'many'" in note for note in notes), notes
+    assert any("stop-token-id = 'x'" in note for note in notes), notes
+
+
 PACKING = (
     "policy: {{dynamic_batching: {{enabled: {0}, train_mb_tokens: 4096}}, sequence_packing: {{train_mb_tokens: 8192}}}}"
 )
