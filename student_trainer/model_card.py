@@ -38,7 +38,7 @@ def render(config: TrainConfig, teachers: Mapping[str, TeacherInfo], lines: Sequ
         "Made with": f"preceptor {importlib.metadata.version('preceptor')}",
     }
     parts = [_header(config), f"# {Path(config.train.output_dir).resolve().name}"]
-    parts.append("A language model distilled on-policy: it wrote, and its teacher scored every token of it.")
+    parts.append(_how(config.data.on_policy_fraction))
     parts.append(_table(("", ""), list(facts.items())))
     parts.append("## Training")
     columns = [name for name in CURVES if any(line.get(name) is not None for line in steps)]
@@ -52,6 +52,18 @@ def render(config: TrainConfig, teachers: Mapping[str, TeacherInfo], lines: Sequ
     settings = yaml.safe_dump(experiment(config), allow_unicode=True, sort_keys=True, width=1000)
     parts.append(f"```yaml\n{settings}```")
     return "\n\n".join(parts) + "\n"
+
+
+def _how(on_policy_fraction: float) -> str:
+    """Whose text it learned from."""
+    if on_policy_fraction == 1.0:
+        return "A language model distilled on-policy: it wrote, and its teacher scored every token of it."
+    if on_policy_fraction == 0.0:
+        return "A language model distilled on given text, every token of which its teacher scored."
+    return (
+        f"A language model distilled on text that it wrote itself (a share of {on_policy_fraction:g}) and on given "
+        "text, every token of which its teacher scored."
+    )
 
 
 def _facts(name: str, teacher: TeacherInfo) -> dict[str, str]:
@@ -69,7 +81,7 @@ def _header(config: TrainConfig) -> str:
     content: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["distillation", "on-policy-distillation"],
+        "tags": ["distillation", *(["on-policy-distillation"] if config.data.on_policy_fraction else [])],
     }
     if not Path(config.student.model).expanduser().exists():  # a hub id
         content["base_model"] = config.student.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from student_trainer import model_card
@@ -43,6 +44,23 @@ def card(student: str, key: str = "a-secret") -> str:
         }
     )
     return model_card.render(config, {"": TEACHER}, LINES)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "says", "tags"),
+    [
+        (1.0, "distilled on-policy: it wrote", ["distillation", "on-policy-distillation"]),
+        (0.25, "that it wrote itself (a share of 0.25) and on given text", ["distillation", "on-policy-distillation"]),
+        (0.0, "distilled on given text", ["distillation"]),
+    ],
+)
+def test_the_card_says_whose_text_it_learned_from(fraction: float, says: str, tags: list[str]) -> None:
+    data = {"source": "prompts.jsonl", "on_policy_fraction": fraction}
+    config = TrainConfig.model_validate({"student": {"model": "s"}, "teacher": {"url": "grpc://t:1"}, "data": data})
+    text = model_card.render(config, {"": TEACHER}, LINES)
+    assert says in text
+    assert ("it wrote" in text) == (fraction > 0)
+    assert yaml.safe_load(text.split("---\n")[1])["tags"] == tags
 
 
 def table_after(text: str, heading: str) -> list[list[str]]:
