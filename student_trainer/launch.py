@@ -135,11 +135,20 @@ def run_ranks(num_processes: int, arguments: Sequence[str], urls: Mapping[str, s
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for rank in range(num_processes):
+            if asked:
+                break
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             environment["LOCAL_WORLD_SIZE"] = str(num_processes)
             children.append(
                 subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent())
             )
+        if asked:  # not all of them have heard of it
+            name = signal.Signals(asked[0]).name
+            print(
+                f"student-train: stopped by {name} before all processes ran; run the same command again",
+                file=sys.stderr,
+            )
+            return 128 + asked[0]
         return _wait_all(children)
     finally:
         _stop(children, STOP_GRACE_S)

@@ -20,7 +20,7 @@ def freeze(model: torch.nn.Module, words: Sequence[str], replaced: Sequence[str]
     Args:
         replaced: names of the modules that replaced_layers means.
     Raises:
-        ValueError: a word that matches no parameter.
+        ValueError: a word that matches no parameter, or nothing is left to train.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     for word in words:
@@ -32,6 +32,8 @@ def freeze(model: torch.nn.Module, words: Sequence[str], replaced: Sequence[str]
             )
         for parameter in found:
             parameter.requires_grad_(False)
+    if words and not any(parameter.requires_grad for _, parameter in named):
+        raise ValueError(f"student.freeze: {list(words)} name all parameters, expected some that are left to train")
 
 
 def _matches(word: str, name: str, replaced: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from student_trainer.config import TrainConfig
 from student_trainer.losses.base import Needs
 from student_trainer.losses.chunked import default_rows
-from student_trainer.planning.memory import Engine, Load
+from student_trainer.planning.memory import FLOAT32, Engine, Load
 from student_trainer.planning.speed import Step
 from student_trainer.rollout.config import CPU_CACHE_GIB, VllmConfig
 
@@ -68,14 +68,19 @@ def _engine(options: VllmConfig, gpu_bytes: int) -> Engine:
 def step_of(config: TrainConfig, *, prompt: int, longest: int, world: int, shares_prompt: bool) -> Step:
     """A step of samples that are all as long as they may be."""
     samples = per_device(config, world)
-    fraction = config.data.on_policy_fraction
+    engine = config.rollout.engine if config.data.on_policy_fraction else "none"
+    casts = config.student.dtype == "bfloat16"
     return Step(
         sequences=samples,
         prompt=min(prompt, longest - 1),
         new_tokens=longest - min(prompt, longest - 1),
         group=config.rollout.group_size,
-        decoded=min(config.rollout.batch_sequences, samples) if fraction else 0,
+        decoded=min(config.rollout.batch_sequences, samples) if engine in ("torch", "vllm") else 0,
         shares_prompt=shares_prompt,
         recomputes=config.student.gradient_checkpointing,
-        casts=config.student.dtype == "bfloat16",
+        casts=casts,
+        keeps_casts=casts
+        and config.train.schedule != "async",  # autocast's cache: not of a copy, which needs no gradient
+        engine_bytes=(2 if casts else FLOAT32) if engine == "vllm" else 0,
+        elsewhere=engine == "vllm-server",
     )

@@ -35,9 +35,13 @@ def plan(config: TrainConfig) -> list[str]:
     wanted, world = config.plan, config.plan.devices
     student = shape.of_student(config.student)
     named = (
-        [wanted.teacher_model] if wanted.teacher_model else [t.model for t in config.all_teachers.values() if t.model]
+        {wanted.teacher_model: False}
+        if wanted.teacher_model
+        else {t.model: t.is_past for t in config.all_teachers.values() if t.model}
     )
-    teachers = {name: shape.of_teacher(name) for name in dict.fromkeys(named)}
+    teachers = {
+        name: shape.of_past(config.student) if is_past else shape.of_teacher(name) for name, is_past in named.items()
+    }
     tokenizer = load_tokenizer(config.student)
     fits.require_known_ids(config, tokenizer)
     lengths = open_prompts(config.data, tokenizer, eos_token_ids=[tokenizer.eos_token_id or 0]).longest

@@ -114,8 +114,11 @@ def phases(shape: Shape, load: Load, parts: tuple[int, int, int], world: int) ->
 
 
 def _decoding(shape: Shape, load: Load) -> Bytes:
-    """What the embedded engine holds while it samples."""
+    """What the embedded engine holds while it samples: in bfloat16 autocast keeps what it cast of weights that require
+    a gradient until all is sampled, of a copy's it keeps none."""
+    cast = 2 * (shape.active + shape.hidden * shape.width) * shape.trained // shape.parameters
     return {
+        "cast weights": cast if load.arithmetic_bytes < FLOAT32 and not load.samples_meanwhile else 0,
         "cache": load.decoded * load.longest * cache_bytes(shape, sampling_pair(shape, load.arithmetic_bytes)),
         "prompts": one_forward(shape, prompt_tokens(shape, load), load.arithmetic_bytes),
         "logits of sampling": SAMPLING_COPIES * FLOAT32 * load.decoded * shape.width,

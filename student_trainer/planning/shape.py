@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from student_trainer.config import StudentConfig
 from student_trainer.forms import lora
+from student_trainer.forms.config import LoraConfig
 from student_trainer.forms.freeze import freeze
 from student_trainer.forms.loading import LOAD_ERRORS, StudentError, locate
 from student_trainer.rollout import slots
@@ -108,6 +110,12 @@ def of_teacher(model: str) -> Shape:
     """Of a teacher, from its configuration alone."""
     skeleton = _skeleton("plan.teacher_model", model, "")
     return Shape.of(skeleton, causal_lm.split(skeleton))
+
+
+def of_past(config: StudentConfig) -> Shape:
+    """Of the student as it teaches itself: whole weights in float32, adapters merged."""
+    plain = of_student(config.model_copy(update={"lora": LoraConfig(), "freeze": ()}))
+    return dataclasses.replace(plain, dtype_bytes=4)
 
 
 def _skeleton(key: str, model: str, revision: str) -> Any:

@@ -30,6 +30,9 @@ class Step:
     shares_prompt: bool
     recomputes: bool  # gradient checkpointing
     casts: bool  # bfloat16 arithmetic on float32 weights
+    keeps_casts: bool = False  # of the trained weights, for as long as a step is sampled
+    engine_bytes: int = 0  # of a number of an engine's own weights and cache (vLLM's); 0: the student's own are decoded
+    elsewhere: bool = False  # sampled by servers
 
     @property
     def tokens(self) -> int:
@@ -61,6 +64,7 @@ def told(seconds: Seconds, step: Step, world: int) -> str:
     return (
         f"completion tokens per second: {each}, all together {new / seconds.total:,.0f}; a step of whole-length "
         f"completions takes {seconds.total:.3g} s, most of it {seconds.slowest()}"
+        + ("; the servers' sampling is not counted" if step.elsewhere else "")
     )
 
 
@@ -100,13 +104,24 @@ def sampling(shape: Shape, step: Step, rates: Rates) -> float:
         return 0.0
     passes = -(-step.sequences // step.decoded)
     rows = -(-step.sequences // passes)
-    weights = shape.parameters * FLOAT32 * (2 if step.casts else 1)  # cast for each pass: read, write half, read half
-    pair = sampling_pair(shape, 2 if step.casts else FLOAT32)
+    weights, pair = shape.parameters * _weight_bytes(shape, step), sampling_pair(shape, 2 if step.casts else FLOAT32)
+    if step.engine_bytes:
+        pair = 2 * step.engine_bytes
     read = weights + rows * (step.prompt + step.new_tokens / 2) * cache_bytes(shape, pair)
     flop = 2.0 * shape.active * rows + head_flop(shape, rows)
-    computed = rows / step.group if shape.continuous else rows
+    computed = rows / step.group if shape.continuous or step.engine_bytes else rows
     prompts = computed * forward_flop(shape, 1, step.prompt, computed=step.prompt) / rates.flop_s
     return passes * (prompts + step.new_tokens * max(read / rates.bytes_s, flop / rates.flop_s))
+
+
+def _weight_bytes(shape: Shape, step: Step) -> float:
+    """Moved for a weight in one pass of sampling. Cast for each pass: read, write half, read half."""
+    if step.engine_bytes:
+        return step.engine_bytes
+    if not step.casts:
+        return FLOAT32
+    kept = shape.trained / shape.parameters if step.keeps_casts else 0.0
+    return 2 * kept + 2 * FLOAT32 * (1 - kept)
 
 
 def scoring(teacher: Shape, step: Step, rates: Rates, *, trainers: int, devices: int) -> float:

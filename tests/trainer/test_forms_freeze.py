@@ -68,6 +68,7 @@ def test_frozen_weights_have_no_gradient_no_state_and_do_not_move(samples, tmp_p
     [
         (["layers.7"], r"student.freeze: 'layers.7' matches no parameter of Qwen3ForCausalLM"),
         (["mlp", "conv1d"], "'conv1d' matches no parameter"),
+        (["mlp", "."], r"student.freeze: \['mlp', '.'\] name all parameters"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_refused(words: list[str], message: str, tmp_path) -> None:

@@ -185,6 +185,30 @@ def test_the_cache_is_that_of_transformers() -> None:
     assert 3 * 7 * memory.cache_bytes(model, 8) == held
 
 
+def test_sampling_in_bfloat16_keeps_each_weight_once_as_it_was_cast() -> None:
+    """Against the copies that are really made while many tokens are sampled."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    run = run_of(64, rollout={"max_new_tokens": 12})
+    student = dataclasses.replace(run.student, autocast=True)
+    matrices = {p.data_ptr(): p.numel() for p in student.model.parameters() if p.ndim > 1}
+    cast: list[int] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in matrices:
+                cast.append(matrices[args[0].data_ptr()])
+            return func(*args, **(kwargs or {}))
+
+    with student.arithmetic(), Counting():
+        make_torch(run.config, student, {}).sample(run.prompts.all()[:1], [0])
+    load = dataclasses.replace(load_of(run), arithmetic_bytes=2)
+    model = Shape.of(student.model, student.parts)
+    assert memory.phases(model, load, (1, 1, 1), 1)["sample"]["cast weights"] == 2 * sum(cast)
+    apart = dataclasses.replace(load, samples_meanwhile=True)
+    assert memory.phases(model, apart, (1, 1, 1), 1)["learn"]["cast weights"] == 2 * model.active
+
+
 # -- sizes
 
 
@@ -286,6 +310,38 @@ def _time_of_a_step(run: Any, rows: int, clock: Callable[[], float]) -> speed.Se
     return speed.Seconds(sample=sampled - started, score=learning - sampled, learn=clock() - learning)
 
 
+@pytest.mark.parametrize(
+    ("student", "sections", "weight_bytes"),
+    [
+        ({}, {}, 4),
+        ({"dtype": "bfloat16"}, {}, 2),
+        ({"dtype": "bfloat16"}, {"train": {"schedule": "async", "max_staleness": 1}}, 8),
+        ({}, {"rollout": {"engine": "vllm"}}, 4),
+        ({"dtype": "bfloat16"}, {"rollout": {"engine": "vllm"}}, 2),
+    ],
+)
+def test_sampling_reads_the_weights_that_its_engine_has(student, sections, weight_bytes: int) -> None:
+    """By hand, where nothing but the bytes of the weights counts."""
+    run = run_of(256)
+    told = {"student": {"model": "unused", **student}, "teacher": {"url": "grpc://a:1"}, "data": {"source": "unused"}}
+    config = TrainConfig.model_validate({**told, **sections})
+    model = dataclasses.replace(Shape.of(run.student.model, run.student.parts), keys=0)
+    step = asked.step_of(config, prompt=1, longest=11, world=1, shares_prompt=False)
+    got = speed.sampling(model, step, speed.Rates(flop_s=1e30, bytes_s=1e6))
+    assert got == pytest.approx(10 * weight_bytes * model.parameters / 1e6, rel=1e-6)
+
+
+def test_sampling_of_servers_takes_no_time_here() -> None:
+    told = {"student": {"model": "x"}, "teacher": {"url": "grpc://a:1"}, "data": {"source": "x"}}
+    servers = {"rollout": {"engine": "vllm-server", "server": {"urls": "http://a:1"}}}
+    step = asked.step_of(
+        TrainConfig.model_validate({**told, **servers}), prompt=1, longest=11, world=1, shares_prompt=False
+    )
+    run = run_of(64)
+    assert speed.sampling(Shape.of(run.student.model, run.student.parts), step, speed.Rates(1.0, 1.0)) == 0
+    assert "servers' sampling is not counted" in speed.told(speed.Seconds(0.0, 1.0, 1.0), step, 1)
+
+
 # -- a machine that is described
 
 
@@ -346,6 +402,18 @@ def test_what_is_proposed_as_a_cure_fits(files, capsys, sampling, expected) -> N
     told = capsys.readouterr().out
     assert "cure" not in told
     assert next(line for line in told.splitlines() if line.startswith("fsdp2")).endswith("; fits")
+
+
+@pytest.mark.parametrize(
+    "more", [["teacher.model=self"], ["teacher.model=ema", "teacher.refresh_every=5", "optim.ema_decay=0.9"]]
+)
+def test_a_student_that_teaches_itself_is_planned_as_a_teacher_of_its_size(files, capsys, more) -> None:
+    arguments = [a for a in described(files, *more, "student.lora.r=2", student="student") if "teacher-url" not in a]
+    assert command(arguments) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher")]
+    num = sum(p.numel() for p in tiny_model("qwen3").parameters())
+    assert f"{more[0].partition('=')[2]} (Qwen3ForCausalLM, {num:,} parameters) on 1 device" in line
+    assert f"weights {4 * num / 1024:.0f} KiB" in line
 
 
 def test_a_small_student_fits_and_nothing_is_proposed(files, capsys) -> None:
