@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from student_trainer import average
+from student_trainer.muon import Muon
 from teacher_api.settings import Section
 
 VOCABULARY_MODULES = frozenset({"lm_head", "wte", "wpe", "output"})
@@ -24,7 +25,7 @@ NO_DECAY = frozenset({"norms", "biases"})
 
 class OptimConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: torch.optim.Muon on the hidden layers' matrices, AdamW on everything else (embeddings and output head
+    """muon: Muon (muon.py) on the hidden layers' matrices, AdamW on everything else (embeddings and output head
     among it)."""
     learning_rate: float = Field(1e-5, gt=0, le=10)
     """Peak rate of AdamW."""
@@ -159,7 +160,7 @@ class Optimizer:
         if muon:
             matrices = list(muon.values())
             rate, decay = config.muon_learning_rate, config.weight_decay
-            parts["muon"] = (self._make(torch.optim.Muon, matrices, lr=rate, weight_decay=decay), rate)
+            parts["muon"] = (self._make(Muon, matrices, lr=rate, weight_decay=decay), rate)
         if config.ema_decay:  # last: it averages what the others have updated
             kept = self._make(average.Average, list(self._parameters.values()), decay=config.ema_decay)
             parts[average.PART] = (kept, 0.0)

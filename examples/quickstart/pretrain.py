@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.quickstart import task
+from student_trainer.muon import Muon
 
 IGNORED = -100
 Encode = Callable[[Sequence[task.Problem], PreTrainedTokenizerFast], tuple[Tensor, Tensor]]
@@ -102,7 +103,7 @@ def _optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> list[torch.optim.Opt
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     return [
-        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.0),
+        Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.0),
         torch.optim.AdamW(others, lr=recipe.other_lr, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from student_trainer.distributed import Distributed, waiting
+from student_trainer.muon import Muon
 from student_trainer.optim import OptimConfig, Optimizer, Snapshot, StateSource
 from student_trainer.parallel.sharded import Sharded, refuse_untrainable
 from student_trainer.parallel.shell import Shell, structure_copy
@@ -107,7 +108,7 @@ class _Sharded(Optimizer):
             return float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        if isinstance(optimizer, torch.optim.Muon):
+        if isinstance(optimizer, Muon):
             _update_whole(optimizer)
         else:
             super()._update(optimizer)
@@ -129,9 +130,9 @@ class _Sharded(Optimizer):
         return Snapshot(whole, description)
 
 
-def _update_whole(optimizer: torch.optim.Muon) -> None:
-    """Muon's step of each matrix in turn while every rank has it whole, as one process takes it. Its iteration runs in
-    bfloat16: products of parts would round differently, which is more than ranks may differ by."""
+def _update_whole(optimizer: Muon) -> None:
+    """Muon's step of each matrix in turn while every rank has it whole, as one process takes it: its iteration
+    multiplies the whole matrix by itself."""
     for group in optimizer.param_groups:
         settings = {name: value for name, value in group.items() if name != "params"}
         for parameter in group["params"]:
@@ -140,9 +141,9 @@ def _update_whole(optimizer: torch.optim.Muon) -> None:
             state = optimizer.state[parameter]
             whole = Parameter(full_tensor(parameter.data).clone())
             whole.grad = full_tensor(parameter.grad)
-            of_whole = torch.optim.Muon([{**settings, "params": [whole]}])
+            of_whole = Muon([{**settings, "params": [whole]}])
             of_whole.state[whole].update({slot: full_tensor(value).clone() for slot, value in state.items()})
-            of_whole.step()  # type: ignore[no-untyped-call]
+            of_whole.step()
             parameter.data.to_local().copy_(_part_like(parameter.data, whole.data).to_local())
             state.update({slot: _part_like(parameter.data, value) for slot, value in of_whole.state[whole].items()})
 

@@ -16,6 +16,7 @@ from tinymodels import save_tiny, tiny_model
 from torch import nn
 
 from student_trainer.config import StudentConfig
+from student_trainer.muon import Muon
 from student_trainer.optim import OptimConfig, Optimizer, check_length, schedule_factor
 from student_trainer.student import load
 from student_trainer.train import accumulate
@@ -145,6 +146,46 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
     slots = set(optimizer.state()[0])
     assert "muon/hidden.weight/momentum_buffer" in slots
     assert {"adamw/embed.weight/exp_avg", "adamw/hidden.bias/exp_avg", "adamw/norm.weight/exp_avg_sq"} <= slots
+
+
+def muon_by_definition(weight: np.ndarray, gradients: list[np.ndarray], rate: float, decay: float) -> np.ndarray:
+    """https://kellerjordan.github.io/posts/muon with Nesterov's momentum, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    momentum = np.zeros_like(weight)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + 0.05 * gradient
+        x = 0.95 * momentum + 0.05 * gradient
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            gram = x @ x.T
+            x = a * x + b * gram @ x + c * gram @ gram @ x
+        weight = weight - rate * decay * weight - rate * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5 * x
+    return weight
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8), (1, 12), (12, 1)])
+def test_muon_is_its_definition_and_torchs_up_to_bfloat16(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(3)
+    start, *gradients = (rng.normal(size=shape) for _ in range(4))
+    ends = []
+    for kind in (Muon, torch.optim.Muon):
+        weight = nn.Parameter(torch.tensor(start, dtype=torch.float32))
+        optimizer = kind([weight], lr=0.1, weight_decay=0.2)
+        for gradient in gradients:
+            weight.grad = torch.tensor(gradient, dtype=torch.float32)
+            optimizer.step()
+        ends.append(weight.detach().double().numpy() - start)
+    moved = muon_by_definition(start, gradients, 0.1, 0.2) - start
+    assert np.linalg.norm(ends[0] - moved) < 1e-5 * np.linalg.norm(moved)
+    assert np.linalg.norm(ends[1] - moved) < 3e-2 * np.linalg.norm(moved)
+
+
+def test_muon_refuses_vectors_and_other_rates() -> None:
+    with pytest.raises(ValueError, match="2D"):
+        Muon([nn.Parameter(torch.zeros(3))])
+    optimizer = Muon([nn.Parameter(torch.zeros(3, 3))], adjust_lr_fn="match_rms_adamw")
+    with pytest.raises(ValueError, match="adjust_lr_fn: got 'match_rms_adamw', expected None"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "qwen2", "gpt2", "mixtral", "mamba2", "bamba"])
