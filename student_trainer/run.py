@@ -291,18 +291,15 @@ class Run:
                 checkpoint.export(place, model=model, tokenizer=self.student.tokenizer, card=card)
 
     def close(self) -> None:
+        """Ends everything, the rest too where one of them fails to."""
         try:
             self.timeline.write_trace(self.run_dir, self.dist.rank)
         except OSError as error:  # how the run ended is told by whoever ends it
             self.console.say(f"warning: no trace: {error}")
-        self.timeline.close()
-        self.console.close()
-        if self.tracker is not None:
-            self.tracker.close()
-        self.scorer.close()
-        self.sampler.close()
-        if self.claim is not None:
-            self.claim.close()
+        with contextlib.ExitStack() as last_first:
+            for part in (self.claim, self.sampler, self.scorer, self.tracker, self.console, self.timeline):
+                if part is not None:
+                    last_first.callback(part.close)
 
     def _log(self, figures: Metrics) -> None:
         assert self.tracker is not None, "begin() opens the tracker"

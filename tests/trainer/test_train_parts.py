@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from student_trainer.optim import OptimConfig, Optimizer
 from student_trainer.resume import ResumeError, claim, find_start, record
 from student_trainer.rollout.servers.engine import ServersSampler
 from student_trainer.rollout.vllm_side.request import Weights
+from student_trainer.run import Run
 from student_trainer.student import StudentError, load
 from student_trainer.types import Prompt, Rollout
 
@@ -360,6 +362,26 @@ def test_resume_never_refuses_a_directory_in_use(tmp_path) -> None:
     record(never)
     with pytest.raises(ResumeError, match="resume is never"):
         find_start(never)
+
+
+@pytest.mark.parametrize("failing", ["timeline", "tracker", "scorer"])
+def test_everything_is_closed_where_one_part_fails_to(tmp_path, failing: str) -> None:
+    """The claim on the run's directory above all: another process waits for it."""
+    closed: list[str] = []
+
+    def part(name: str) -> Any:
+        def close() -> None:
+            closed.append(name)
+            if name == failing:
+                raise OSError(name)
+
+        return SimpleNamespace(close=close, write_trace=lambda *_: None)
+
+    names = ["timeline", "console", "tracker", "scorer", "sampler", "claim"]
+    run = SimpleNamespace(run_dir=tmp_path, dist=SimpleNamespace(rank=0), **{name: part(name) for name in names})
+    with pytest.raises(OSError, match=failing):
+        Run.close(run)  # type: ignore[arg-type]
+    assert closed == names
 
 
 def test_one_process_at_a_time_has_a_directory(tmp_path) -> None:
