@@ -165,6 +165,20 @@ def export(path: Path, *, model: Saveable, tokenizer: Saveable | None, card: str
     return path
 
 
+def copy(source: Path, path: Path) -> None:
+    """Copies a directory to where there is none. Atomic as `save`."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        _flush(partial)
+        partial.rename(path)
+        _flush_directory(path.parent)
+    except DISK_ERRORS as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"can't copy {source} to {path}: {error}") from error
+
+
 def prune(run_dir: Path, config: CheckpointConfig) -> None:
     """Points `best` at the best checkpoint and deletes all but the newest and the best, as `config` says how many.
 

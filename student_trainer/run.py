@@ -133,6 +133,7 @@ class Run:
         if self.dist.is_main:
             self.claim = resume.claim(self.run_dir)
             resume.record(self.config)
+            self.past.bring()
         self.tracker = Tracker(
             self.run_dir,
             self.config.tracking,

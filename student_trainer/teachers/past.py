@@ -44,6 +44,7 @@ class PastTeachers:
         self.served: dict[str, int] = {}  # step of the weights that teach now
         self.digests: dict[str, str] = {}  # of the snapshots on disk, by name
         self.history: list[list[Any]] = []  # [step of the weights, teacher, fingerprint], in order
+        self._borrowed: dict[str, Path] = {}  # snapshots that another run has, by name
         self._folder = run_dir / FOLDER
         self._serve = serve
         self._is_main = is_main
@@ -77,6 +78,17 @@ class PastTeachers:
             initial(path)
             urls[name] = self._children[name].enter_context(self._serve(self.teachers[name], str(path)))
         return urls
+
+    def bring(self) -> None:
+        """Copies what is served from another run's directory, where this one began, to its own, which its checkpoints
+        will need; main rank.
+
+        Raises:
+            CheckpointError: the disk refused, or the other run has deleted it.
+        """
+        for name, path in self._borrowed.items():
+            checkpoint.copy(path, self._folder / name)
+        self._borrowed = {}
 
     def weights_of(self, name: str, step: int) -> int:
         """r(step): after how many steps the weights were that teach `step`."""
@@ -147,6 +159,7 @@ class PastTeachers:
         path = self._folder / name
         if not path.is_dir() and began is not None:
             path = began.resolve().parent.parent / FOLDER / name
+            self._borrowed[name] = path
         if not path.is_dir() or name not in self.digests:
             raise checkpoint.CheckpointError(
                 f"{path}: not there, or not of the run that goes on: one of its teachers is the student after so many "
