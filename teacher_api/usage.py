@@ -56,6 +56,8 @@ def fetch(
             return rows
     except urllib.error.HTTPError as error:
         raise ValueError(f"{url}: {_reason(error)}") from None
+    except OSError:  # a connection that ends without an answer is an HTTPException as well
+        raise
     except http.client.InvalidURL as error:
         raise ValueError(f"{url!r}: {error}; expected http://host:port or https://…") from None
     except (http.client.HTTPException, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):

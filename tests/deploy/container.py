@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from imagebuild import Build, environment_of, exec_form, mount_script, setting
+from imagebuild import CHROOT, Build, environment_of, exec_form, mount_script, setting
 
 START_S = 30.0
 
@@ -90,7 +90,7 @@ def running(
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     entry = [*(entry_point or exec_form(setting(build.stages, stage, "ENTRYPOINT"))), *arguments]
-    line = ["chroot", str(place), *_as_user(user, variables, setting(build.stages, stage, "WORKDIR")), *entry]
+    line = [CHROOT, str(place), *_as_user(user, variables, setting(build.stages, stage, "WORKDIR")), *entry]
     script += f"exec {shlex.join(line)}\n"
     network = ["--net"] if beside is None else []
     joining = [] if beside is None else ["nsenter", "-t", str(beside.pid), "-n"]

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = "/packages"
 """Where a root directory shows this environment's packages, offline."""
 BASE_PATH = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin"
+CHROOT = shutil.which("chroot") or "/usr/sbin/chroot"  # not every user's PATH has it
 HIDDEN = ("/tmp", "/run", "/dev/shm")
 """Directories of this machine that a base image does not have filled."""
 
@@ -210,7 +211,7 @@ class Build:
         words = ["env", "-i", "-C", directory, *(f"{key}={value}" for key, value in environment.items()), *command]
         place = self._work / "root"
         place.mkdir(exist_ok=True)
-        script = mount_script(place, upper, self._work / "overlay") + f"exec chroot {place} {shlex.join(words)}\n"
+        script = mount_script(place, upper, self._work / "overlay") + f"exec {CHROOT} {place} {shlex.join(words)}\n"
         done = subprocess.run(["unshare", "--mount", "sh", "-ec", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 

@@ -150,6 +150,21 @@ def test_the_command_refuses_what_is_no_url_in_one_line(url, capsys):
     assert re.fullmatch(r"teacher-usage: .*expected http://host:port.*\n", capsys.readouterr().err)
 
 
+def test_a_connection_that_ends_without_an_answer_is_a_server_that_cant_be_reached(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def leave() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+
+        leaving = threading.Thread(target=leave)
+        leaving.start()
+        assert main([f"http://127.0.0.1:{listener.getsockname()[1]}"]) == 3
+        leaving.join()
+    assert "Remote end closed connection" in capsys.readouterr().err
+
+
 def test_the_command_says_in_one_line_that_what_answers_is_no_teacher_over_http(capsys):
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
