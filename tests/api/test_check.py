@@ -15,6 +15,8 @@ from fake_teacher import SERVE, FakeTeacher, Fault
 
 from teacher_api import check, errors, wire
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _retry_hooks_as_before():

@@ -17,6 +17,8 @@ from teacher_api.client import TeacherClient
 from teacher_api.types import Completion, ScoreOptions, ScoreRequest
 from teacher_api.v1 import teacher_pb2 as pb
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 61
 zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 

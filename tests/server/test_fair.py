@@ -18,6 +18,8 @@ from teacher_server.batching import Entry, tokens_to_compute
 from teacher_server.caller import Caller
 from teacher_server.fair import MAX_IDLE_EXPERIMENTS, FairQueue
 
+pytestmark = pytest.mark.slow
+
 ONE_BY_ONE = BatchPolicy(1, 1)
 
 

@@ -18,6 +18,8 @@ from teacher_server.batching import MAX_PADDING, Entry
 from teacher_server.fair import FairQueue
 from teacher_server.scheduler import Scheduler
 
+pytestmark = pytest.mark.slow
+
 
 def job(name: str, num_tokens: int = 4, prompt_key: bytes = b"") -> ScoreJob:
     positions = np.arange(1, num_tokens, dtype=np.int32)

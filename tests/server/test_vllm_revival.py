@@ -15,6 +15,8 @@ import pytest
 from teacher_api.errors import BackendFailed
 from teacher_server.backends.vllm_engine import EngineHost
 
+pytestmark = pytest.mark.slow
+
 
 class Engine:
     def __init__(self) -> None:

@@ -23,6 +23,8 @@ from student_trainer.student import load
 from student_trainer.train import accumulate
 from student_trainer.types import ScoredRollout
 
+pytestmark = pytest.mark.slow
+
 WROTE = ["111", "1", "110011101", "1011", "1111", "10", "100111"]
 """Of each sample's tokens, those of the student (1) and of an environment (0)."""
 

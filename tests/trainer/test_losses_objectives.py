@@ -19,6 +19,8 @@ from student_trainer.losses.config import DivergenceConfig
 from student_trainer.losses.student_side import student_rows
 from teacher_api.types import LOGPROB_FLOOR
 
+pytestmark = pytest.mark.slow
+
 
 def _forward(p, q):
     return (p * (p.log() - q.log())).sum(-1)

@@ -162,6 +162,7 @@ def test_the_first_dead_teacher_ends_the_call_with_its_name() -> None:
 @pytest.mark.filterwarnings(
     "ignore:coroutine 'connect_tcp:RuntimeWarning"
 )  # anyio's own, where it is cut off in between
+@pytest.mark.slow
 def test_a_client_that_is_closed_ends_the_thread_that_waits_for_it() -> None:
     """A stop leaves threads behind: they must end with the clients, or the process would not."""
     with serving(backend="fake", fake_latency_s=2.0) as server:
