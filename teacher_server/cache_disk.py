@@ -284,7 +284,10 @@ class DiskTier:
             with contextlib.suppress(sqlite3.Error):
                 self._write.close()
         self._write = None
-        self._reader.submit(self._reopen).result()
+        self._reader.submit(self._replace).result()  # no read in between: it would open the old file again
+
+    def _replace(self) -> None:
+        self._reopen()
         for suffix in ("", "-wal", "-shm"):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         try:
