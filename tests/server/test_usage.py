@@ -150,35 +150,34 @@ def test_the_command_refuses_what_is_no_url_in_one_line(url, capsys):
     assert re.fullmatch(r"teacher-usage: .*expected http://host:port.*\n", capsys.readouterr().err)
 
 
-def test_a_connection_that_ends_without_an_answer_is_a_server_that_cant_be_reached(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def leave() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(1 << 16)
-
-        leaving = threading.Thread(target=leave)
-        leaving.start()
-        assert main([f"http://127.0.0.1:{listener.getsockname()[1]}"]) == 3
-        leaving.join()
-    assert "Remote end closed connection" in capsys.readouterr().err
-
-
-def test_the_command_says_in_one_line_that_what_answers_is_no_teacher_over_http(capsys):
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [
+        (b"", 3, "Remote end closed connection"),
+        (
+            b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\n",
+            1,
+            "answers no usage; expected the HTTP address of a teacher-serve",
+        ),
+    ],
+    ids=["nothing", "what a port of gRPC sends"],
+)
+def test_the_command_says_in_one_line_that_what_is_there_is_no_teacher_over_http(sent, code, said, capsys):
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
             connection, _ = listener.accept()
             with connection:
                 connection.recv(1 << 16)
-                connection.sendall(b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\n")  # as a port of gRPC does
+                connection.sendall(sent)
 
         answering = threading.Thread(target=answer)
         answering.start()
-        assert main([f"http://127.0.0.1:{listener.getsockname()[1]}"]) == 1
+        assert main([f"http://127.0.0.1:{listener.getsockname()[1]}"]) == code
         answering.join()
-    assert capsys.readouterr().err.endswith("answers no usage; expected the HTTP address of a teacher-serve\n")
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http", "usage"])
