@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks import exactness, models, processes
-from benchmarks.scoring_figures import figures_of, show
+from benchmarks.scoring_figures import figures_of, figures_of_ways, show
 from benchmarks.systems import Ask, Child, Limit, OurClient, StockClient, Taken, Work
 
 ENGINE = {"max_num_batched_tokens": 4096, "max_num_seqs": 64, "enforce_eager": True}
@@ -42,6 +42,8 @@ STOCK_TOP_K = (0, 1, 16, 64)
 HTTP_TOP_K = (16, 64)
 LIMIT_TOP_K = 16
 CANDIDATES = 64
+WAYS = ("unary", "stream")
+FASTER = 0.97  # a stream's time, as a share of a unary call's, from which on it is the way taken
 
 Scenario = Literal["batch", "group"]
 
@@ -143,7 +145,8 @@ class Bench:
         return taken
 
     def choose(self, sizes: Sizes, random: np.random.Generator) -> None:
-        """Warms everything up; then our way in (unary or stream) and stock's concurrency, by the faster of each."""
+        """Warms everything up; then our way in (unary or stream) and stock's concurrency, by the faster of each. A
+        stream takes twice a unary call's CPU from its client, and must be faster by more than chance."""
 
         def work(scenario: Scenario = "batch") -> Work:
             return sizes.work(scenario, random, self.model.vocabulary)
@@ -156,12 +159,22 @@ class Bench:
             self.concurrency = concurrency
             seconds[concurrency] = self.take(Cell("stock", "batch", 16), work(), random).seconds
         self.concurrency = min(CONCURRENCY, key=lambda c: seconds[c])
-        for streamed in (False, True):
-            self.streamed = streamed
-            seconds[streamed, "ours"] = min(
-                self.take(Cell("grpc", "batch", 64), work(), random).seconds for _ in range(2)
-            )
-        self.streamed = seconds[True, "ours"] < seconds[False, "ours"]
+        ways = self.both_ways(work, random)
+        unary_s, stream_s = (min(taken.seconds for taken in ways[name]) for name in WAYS)
+        self.streamed = stream_s < FASTER * unary_s
+
+    def both_ways(
+        self, work: Callable[[], Work], random: np.random.Generator, repeats: int = 3
+    ) -> dict[str, list[Taken]]:
+        """Our k = 64 over gRPC as one answer and as a stream, in turns."""
+        found: dict[str, list[Taken]] = {name: [] for name in WAYS}
+        chosen = self.streamed
+        for _ in range(repeats):
+            for streamed, name in enumerate(WAYS):
+                self.streamed = bool(streamed)
+                found[name].append(self.take(Cell("grpc", "batch", 64), work(), random))
+        self.streamed = chosen
+        return found
 
     def answer_bytes(self, sizes: Sizes, random: np.random.Generator) -> dict[tuple[str, str, int, str], int]:
         """By system, scenario, k and type of the values."""
@@ -211,6 +224,7 @@ def measure(model: Model, sizes: Sizes, repeats: int, scratch: Path) -> dict[str
             for cell in cells():
                 taken[cell].append(bench.take(cell, sizes.work(cell.scenario, random, model.vocabulary), random))
             print(f"round {number + 1} of {repeats}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        ways = bench.both_ways(lambda: sizes.work("batch", random, model.vocabulary), random)
         sizes_of_answers = bench.answer_bytes(sizes, random)
         work, requests = exactness.questions(random, model.vocabulary)
         answers = {name: bench.grpc.call("scores", request) for name, request in requests.items()}
@@ -220,6 +234,7 @@ def measure(model: Model, sizes: Sizes, repeats: int, scratch: Path) -> dict[str
     found["stock_max_abs_error"] = exactness.stock_error(reference, work.sequences, stock_answers)
     works = {name: sizes.work(name, random, model.vocabulary) for name in ("batch", "group")}
     found |= figures_of({(c.system, c.scenario, c.top_k, c.candidates): t for c, t in taken.items()}, works)
+    found |= figures_of_ways(ways, taken[Cell("stock", "batch", 64)], works["batch"])
     for (system, scenario, k, kind), num_bytes in sizes_of_answers.items():
         place = "" if scenario == "batch" else "group_"
         name = f"{place}{'http_' if system == 'http' else ''}bytes_per_position_k{k}"

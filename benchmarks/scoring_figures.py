@@ -46,6 +46,17 @@ def figures_of(taken: Mapping[Key, Sequence[Taken]], works: Mapping[str, Work]) 
     return found
 
 
+def figures_of_ways(ways: Mapping[str, Sequence[Taken]], stock: Sequence[Taken], work: Work) -> dict[str, float]:
+    """What k = 64 costs the client's CPU by each way in, alone and as a share of stock's (medians)."""
+    stock_s = statistics.median(t.cpu_seconds for t in stock)
+    found: dict[str, float] = {}
+    for name, takes in ways.items():
+        seconds = statistics.median(t.cpu_seconds for t in takes)
+        found[f"{name}_client_cpu_s_per_1k_k64"] = 1000 * seconds / work.num_rows
+        found[f"{name}_client_cpu_vs_stock_k64"] = seconds / stock_s
+    return found
+
+
 def _name(key: Key) -> str:
     system, scenario, k, candidates = key
     if system == "limit":
@@ -98,6 +109,7 @@ def show(model: str, found: Mapping[str, float]) -> None:
     console.print(cost)
     rest = Table(show_header=False, title=f"{model} model")
     for key in ("candidates_cost", "k256_over_k64", "group_k256_over_k64", "max_abs_error", "max_float16_error",
-                "stock_max_abs_error", "rank_errors", "stock_concurrency", "streamed", "rounds"):  # fmt: skip
+                "stock_max_abs_error", "rank_errors", "unary_client_cpu_vs_stock_k64", "stream_client_cpu_vs_stock_k64",
+                "stock_concurrency", "streamed", "rounds"):  # fmt: skip
         rest.add_row(key, format(found[key], ".4g"))
     console.print(rest)

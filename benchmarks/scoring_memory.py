@@ -42,7 +42,7 @@ def step_bytes(vocabulary: int) -> int:
     """The formula for the step, above its inputs and its answer: no length in it, and at most 128 MiB of logits however
     large the vocabulary is."""
     row_bytes = 4 * vocabulary
-    chunk_rows = max(1, (32 << 20) // row_bytes, min(128, (128 << 20) // row_bytes))
+    chunk_rows = max(1, (32 << 20) // row_bytes // 64 * 64, min(128, (128 << 20) // row_bytes))
     return chunk_rows * row_bytes + SLICES * max(1 << 20, 4 * row_bytes)
 
 

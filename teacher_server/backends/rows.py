@@ -31,6 +31,8 @@ SLICE_BYTES = 1 << 20
 """Of a chunk, what a CPU takes through all passes at a time, so that the later ones find it in its cache."""
 EFFICIENT_ROWS = 128
 """A product of fewer rows is bound by reading the head's weights."""
+ROW_MULTIPLE = 64
+"""Products are computed in tiles; a few rows more than whole tiles cost as much as a tile."""
 SMALLEST_SLICE = 4  # rows: with fewer, what it costs to call each pass shows
 SMALLEST_SUM = 1e-30
 """A float32 sum of exponentials under this has lost digits to underflow and is taken again from its own maximum."""
@@ -82,10 +84,11 @@ class Shard(Protocol):
 
 
 def auto_chunk_rows(logit_width: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Rows whose float32 logits fill `chunk_bytes`; where those are fewer than EFFICIENT_ROWS, that many, in up to four
-    times the bytes; at least 1."""
+    """Rows whose float32 logits fill `chunk_bytes`, whole multiples of ROW_MULTIPLE; where those are fewer than
+    EFFICIENT_ROWS, that many, in up to four times the bytes; at least 1."""
     row_bytes = 4 * logit_width
-    return max(1, chunk_bytes // row_bytes, min(EFFICIENT_ROWS, 4 * chunk_bytes // row_bytes))
+    fitting = chunk_bytes // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE
+    return max(1, fitting, min(EFFICIENT_ROWS, 4 * chunk_bytes // row_bytes))
 
 
 @torch.inference_mode()
