@@ -188,7 +188,7 @@ def solve(config: EvaluationConfig, dist: Distributed) -> tuple[list[str], dict[
     try:
         with guards.told_once(dist, _exit_code):
             solver = _solver(config, dist)
-            require_answers(solver.prompts)
+            require_answers(solver.prompts, config.task)
             places = [place for place in range(len(solver.prompts)) if dist.owns(place)]
             with (
                 solver.arithmetic,

@@ -82,28 +82,33 @@ def evaluate(
         decode: token ids to text, special tokens left out.
         progress: wraps the stream of judged completions, to show how far it is.
     Raises:
-        ValueError: no prompts, or a prompt without an answer or with an empty one.
+        ValueError: no prompts, or a prompt without an answer, with an empty one, or with none that the task knows.
     """
-    require_answers(prompts)
+    require_answers(prompts, task)
     places = range(len(prompts))
     return summarise(list(progress(judged(sampler, prompts, places, task, decode=decode, batch_size=batch_size))))
 
 
-def require_answers(prompts: Sequence[Prompt]) -> None:
+def require_answers(prompts: Sequence[Prompt], task: TaskName) -> None:
     """Raises ValueError where there is nothing to judge, or nothing to judge it by."""
     if not prompts:
         raise ValueError("nothing to evaluate: no prompts")
-    missing = unanswered(prompts)
+    missing = unanswered(prompts, task)
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(prompts)} prompts have no answer, or an empty one, the first is row {missing[0]}; "
+            f"{len(missing)} of {len(prompts)} prompts have {NO_ANSWER[task]}, the first is row {missing[0]}; "
             "set answer_key"
         )
 
 
-def unanswered(prompts: Sequence[Prompt]) -> list[int]:
-    """Rows of those without a reference answer. An empty one is none: a completion that says nothing would have it."""
-    return [p.index for p in prompts if p.answer is None or not p.answer.strip()]
+def unanswered(prompts: Sequence[Prompt], task: TaskName) -> list[int]:
+    """Rows of those without a reference answer. An empty one is none: a completion that says nothing would have it; nor
+    is one without a number where numbers are compared: every completion would be wrong."""
+
+    def can_judge(answer: str) -> bool:
+        return bool(answer.strip()) and (task != "numeric_answer" or _number_in(answer) is not None)
+
+    return [p.index for p in prompts if p.answer is None or not can_judge(p.answer)]
 
 
 def judged(
@@ -155,8 +160,8 @@ def final_answer(completion: str, answer: str) -> bool:
 
 def numeric_answer(completion: str, answer: str) -> bool:
     """The last number of the completion has the value of the reference's last number (1,200 = 1200.0 = 1.2e3)."""
-    got, expected = _last_number(_marked(completion) or completion), _last_number(_marked(answer) or answer)
-    return got is not None and got == expected
+    got = _number_in(completion)
+    return got is not None and got == _number_in(answer)
 
 
 TASKS: dict[TaskName, Callable[[str, str], bool]] = {
@@ -164,6 +169,13 @@ TASKS: dict[TaskName, Callable[[str, str], bool]] = {
     "final_answer": final_answer,
     "numeric_answer": numeric_answer,
 }
+
+NO_ANSWER: dict[TaskName, str] = {
+    "exact_match": "no answer, or an empty one",
+    "final_answer": "no answer, or an empty one",
+    "numeric_answer": "no answer, or one without a number",
+}
+"""What `unanswered` finds of a task's references."""
 
 _MARKS = re.compile(r"Answer:|####|\\boxed\{|\\.|[{}]")
 _NUMBER = re.compile(r"[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")  # a minus sign is as good
@@ -189,6 +201,11 @@ def _marked(text: str) -> str | None:
                 end = text.find("\n", mark.end())
                 found = text[mark.end() : end if end >= 0 else None]
     return found
+
+
+def _number_in(text: str) -> Decimal | None:
+    """The last number of what `text` marks, or of all of it."""
+    return _last_number(_marked(text) or text)
 
 
 def _last_number(text: str) -> Decimal | None:

@@ -20,7 +20,7 @@ from student_trainer import checkpoint, launch
 from student_trainer.config import TrainConfig
 from student_trainer.data import load_prompts
 from student_trainer.distributed import Distributed
-from student_trainer.evaluate import EvalResult, Judged, in_order, judged, summarise, unanswered
+from student_trainer.evaluate import NO_ANSWER, EvalResult, Judged, in_order, judged, summarise, unanswered
 from student_trainer.parallel.base import Replicated
 from student_trainer.rollout.base import RolloutEngine, RolloutError
 from student_trainer.rollout.chat import Chat
@@ -135,11 +135,11 @@ def load_problems(config: TrainConfig, student: Student) -> Sequence[Prompt]:
         refuse_unfit_for_vllm(config, student, "eval.engine")
     source = load_prompts(config.eval.data, student.tokenizer, limit=config.eval.num_prompts)
     prompts = source.all()
-    without = unanswered(prompts)
+    without = unanswered(prompts, config.eval.task)
     if without:
         raise ValueError(
-            f"eval.data: {len(without)} of {len(prompts)} problems have no answer, or an empty one, the first is row "
-            f"{without[0]}"
+            f"eval.data: {len(without)} of {len(prompts)} problems have {NO_ANSWER[config.eval.task]}, the first is "
+            f"row {without[0]}"
         )
     sampling = config.rollout.model_copy(update=sampling_changes(config))
     if sampling.environment:

@@ -46,9 +46,10 @@ def fetch(
         raise ValueError(f"{url!r}: expected http://host:port or https://…")
     tls.check_url(url)
     check_key(key)
-    headers = {"accept": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     asked = f"{url.rstrip('/')}/v1/usage?{urlencode({'by': by, 'since': since})}"
-    request = urllib.request.Request(asked, headers=headers)
+    request = urllib.request.Request(asked, headers={"accept": "application/json"})
+    if key:
+        request.add_unredirected_header("authorization", f"Bearer {key}")  # it is for this server alone
     try:
         context = tls.apply(ssl.create_default_context(cafile=tls.ca or None)) if tls else None
         with urllib.request.urlopen(request, timeout=timeout_s, context=context) as answer:

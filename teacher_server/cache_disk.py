@@ -43,6 +43,13 @@ CREATE INDEX IF NOT EXISTS by_use ON entries (owner, used);
 T = TypeVar("T")
 
 
+def _miscounted() -> sqlite3.DatabaseError:
+    """What SQLite itself says of a damaged file: another program wrote into it, or its index is wrong."""
+    error = sqlite3.DatabaseError("entries that were counted are missing")
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
+
+
 class DiskTier:
     """`await open()`, then the rest; `await close()` writes what waits."""
 
@@ -228,8 +235,8 @@ class DiskTier:
             old = write.execute(
                 "SELECT rowid, size FROM entries WHERE owner = ? ORDER BY used LIMIT ?", (owner, EVICT_ROWS)
             ).fetchall()
-            if not old:  # the count is wrong: a damaged file
-                raise sqlite3.DatabaseError("entries that were counted are missing")
+            if not old:
+                raise _miscounted()
             for rowid, size in old:
                 write.execute("DELETE FROM entries WHERE rowid = ?", (rowid,))
                 self._count(owner, -1, -size)

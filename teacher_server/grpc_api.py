@@ -46,6 +46,8 @@ Work = Callable[[str, Caller], Awaitable[Any]]
 DOMAIN = "teacher.v1"  # of the ErrorInfo that carries our error kinds
 STATUS_KEY = "grpc-status-details-bin"
 KEEPALIVE_MS = 20_000
+IDLE_MS = 600_000
+"""After which a connection without calls is closed: a caller's next call makes another."""
 OVERSIZE_ROOM_BYTES = 1 << 20  # gRPC's own limit lies this far above twice ours, so that a refusal is ours
 
 
@@ -64,6 +66,7 @@ class GrpcServer:
                 ("grpc.server_handshake_timeout_ms", int(service.config.header_s * 1000)),
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),  # a caller that vanished without a word is noticed
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+                ("grpc.max_connection_idle_ms", IDLE_MS),
             ],
         )
         self._tls = tls

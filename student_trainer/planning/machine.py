@@ -39,6 +39,11 @@ def plan(config: TrainConfig) -> list[str]:
         if wanted.teacher_model
         else {t.model: t.is_past for t in config.all_teachers.values() if t.model}
     )
+    if wanted.teacher_devices and not named:
+        raise ValueError(
+            f"plan.teacher_devices: got {wanted.teacher_devices} and no teacher to plan for, expected "
+            "plan.teacher_model as well"
+        )
     teachers = {
         name: shape.of_past(config.student) if is_past else shape.of_teacher(name) for name, is_past in named.items()
     }

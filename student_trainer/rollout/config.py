@@ -119,7 +119,8 @@ class RolloutConfig(Section):
     conversation. Only the student's tokens are trained on. Empty: a sample is one turn."""
 
     environment_options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of that function."""
+    """Keyword arguments of that function. They are part of the experiment: its checkpoints and its model card show
+    them, so a secret has its place in the process' environment."""
 
     environment_timeout_s: float = Field(default=60.0, gt=0.0, le=86_400.0)
     """Longest time of one call of it; the run ends with an error after that."""

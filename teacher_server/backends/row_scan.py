@@ -45,6 +45,8 @@ class Scan:
     rest: Tensor  # [n]: the same over columns outside top-k ∪ candidates ∪ {target}
     topk: Tensor  # [n, K], descending, equal ones by ascending id
     topk_ids: Tensor  # int64 [n, K]
+    token: Tensor  # [n]: z of the actual token
+    asked: Tensor  # [m]: z of the candidates
 
 
 def scan(z_nW: Tensor, known: int, k: int, target_n: Tensor, ids_m: Tensor, offsets: I64) -> Scan:
@@ -60,20 +62,21 @@ def scan(z_nW: Tensor, known: int, k: int, target_n: Tensor, ids_m: Tensor, offs
     n = len(z_nW)
     numbers = np.empty((4, n), np.float32)
     topk, ids = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
+    token, asked = np.empty(n, np.float32), np.empty(len(ids_m), np.float32)
+    filled = (*numbers, topk, ids, token, asked)
     arguments = (z_nW.numpy(), known, FAR, target_n.numpy(), ids_m.numpy(), offsets)
     parts = min(torch.get_num_threads(), n)
     if parts == 1:
-        _compiled()(*arguments, 0, n, *numbers, topk, ids)
+        _compiled()(*arguments, 0, n, *filled)
     else:
         edges = np.linspace(0, n, parts + 1).astype(int)
         tasks = [
-            _pool(parts).submit(_compiled(), *arguments, start, stop, *numbers, topk, ids)
+            _pool(parts).submit(_compiled(), *arguments, start, stop, *filled)
             for start, stop in itertools.pairwise(edges.tolist())
         ]
         for task in tasks:
             task.result()
-    top, base, total, rest, values, places = map(torch.from_numpy, (*numbers, topk, ids))
-    return Scan(top, base, total, rest, values, places)
+    return Scan(*map(torch.from_numpy, filled))
 
 
 @functools.cache

@@ -234,8 +234,10 @@ def scan_rows(
     rest_n: Any,
     topk_nK: Any,
     ids_nK: Any,
+    token_n: Any,
+    asked_m: Any,
 ) -> None:
-    """Rows [start, stop) of row_scan.scan; fills in the last six."""
+    """Rows [start, stop) of row_scan.scan; fills in the last eight."""
     width, k = z_nW.shape[1], topk_nK.shape[1]
     number = known // GROUP * LANES + (known % GROUP + DEPTH - 1) // DEPTH + (width - known + DEPTH - 1) // DEPTH
     maxima, sums = np.empty(number, np.float32), np.empty(number, np.float32)
@@ -256,6 +258,9 @@ def scan_rows(
             total += sums[block]
         top_k(z, known, maxima, searched, topk_nK[row], ids_nK[row])
         first, last = offsets[row], offsets[row + 1]
+        token_n[row] = z[target_n[row]]
+        for place in range(first, last):  # now: the row is in the cache
+            asked_m[place] = z[ids_m[place]]
         named[0] = target_n[row]
         named[1 : 1 + k] = ids_nK[row]
         named[1 + k : 1 + k + last - first] = ids_m[first:last]

@@ -219,13 +219,16 @@ class _Chunk:
 
     def pieces(self, whole_nV: Tensor | None) -> Pieces:
         """Args: whole_nV: gets log p of the columns below the tokenizer's size, where they are asked for."""
-        all_n = torch.arange(self._num_rows, device=self._logits_nW.device)
-        token_n = self._at(all_n, self._columns_n)
-        everyones_n = None
-        if self._options.rank:
-            everyones_n = token_n if self._shard is None else self._shard.token(token_n)
-        scanned = self._scanned() if self._scans else self._passed(everyones_n, whole_nV)
-        top_n, base_n, sum_n, rest_n, topk_nK, ids_nK, mean_n, larger_n = scanned
+        if self._scans:
+            found, token_n, asked_m = self._scanned()
+        else:
+            all_n = torch.arange(self._num_rows, device=self._logits_nW.device)
+            token_n, asked_m = self._at(all_n, self._columns_n), self._at(self._asked.rows, self._columns_m)
+            everyones_n = None
+            if self._options.rank:
+                everyones_n = token_n if self._shard is None else self._shard.token(token_n)
+            found = self._passed(everyones_n, whole_nV)
+        top_n, base_n, sum_n, rest_n, topk_nK, ids_nK, mean_n, larger_n = found
         few = 0 if self._options.top_k == "all" else int(self._options.top_k) - self._k  # a narrow shard's
         return Pieces(
             top=top_n,
@@ -234,18 +237,18 @@ class _Chunk:
             tail=self._log_tail(rest_n, top_n, base_n, ids_nK),
             topk=pad(topk_nK - top_n[:, None], (0, few), value=-torch.inf),
             topk_ids=pad(ids_nK + self._first, (0, few), value=-1),
-            candidates=self._at(self._asked.rows, self._columns_m) - top_n[self._asked.rows],
+            candidates=asked_m - top_n[self._asked.rows],
             mean=mean_n,
             larger=larger_n,
         )
 
-    def _scanned(self) -> _Found:
-        """As `_passed`, in one compiled pass over each row."""
+    def _scanned(self) -> tuple[_Found, Tensor, Tensor]:
+        """As `_passed`, in one compiled pass over each row; and z of the actual tokens and of the candidates."""
         step = self._num_rows
         as_they_are = self._logits_nW.dtype == torch.float32 and self._options.temperature == 1.0
         if not (as_they_are and self._logits_nW.is_contiguous()):  # they are made anew
             step = max(SMALLEST_SLICE, SLICE_BYTES // (4 * self._width))
-        parts = []
+        parts, tokens, asked = [], [], []
         for start in range(0, self._num_rows, step):
             rows = slice(start, min(start + step, self._num_rows))
             offsets = self._asked.offsets[start : rows.stop + 1]
@@ -254,7 +257,9 @@ class _Chunk:
                 self._z(rows).contiguous(), self._known, self._k, self._columns_n[rows], ids_m, offsets - offsets[0]
             )
             parts.append((found.top, found.base, found.sum, found.rest, found.topk, found.topk_ids, None, None))
-        return _joined(parts)
+            tokens.append(found.token)
+            asked.append(found.asked)
+        return _joined(parts), torch.cat(tokens), torch.cat(asked)
 
     def _passed(self, everyones_n: Tensor | None, whole_nV: Tensor | None) -> _Found:
         """What `_pass` gives, of all rows."""

@@ -4,6 +4,7 @@ after a restart; a damaged or full disk costs entries, never answers."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -212,6 +213,24 @@ def test_a_file_that_is_no_store_is_begun_anew(tmp_path: Path, damage: str):
         content[:100] = {"nonsense": b"\xff" * 100, "header": b"x" + content[1:100], "empty": b""}[damage]
         file.write_bytes(b"" if damage == "empty" else content)
     on_disk(tmp_path, 1 << 26, use)
+
+
+def test_a_file_that_another_program_emptied_is_begun_anew(tmp_path: Path):
+    async def work(tier: DiskTier) -> None:
+        for n in range(200):  # it is full
+            tier.put(key(n), bytes(5000), "t")
+        await written(tier)
+        with contextlib.closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as other:
+            other.execute("DELETE FROM entries")
+        for n in range(200, 300):
+            tier.put(key(n), bytes(5000), "t")
+            await written(tier)
+        assert await tier.get(key(299)) == bytes(5000)
+        assert 0 < tier.num_bytes <= 1 << 20
+        with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as other:
+            assert other.execute("SELECT SUM(size) FROM entries").fetchone() == (tier.num_bytes,)
+
+    on_disk(tmp_path, 1 << 20, work)
 
 
 def test_a_file_damaged_inside_loses_entries_and_goes_on(tmp_path: Path):

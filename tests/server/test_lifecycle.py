@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +23,12 @@ import psutil
 import pytest
 from ports import free_port
 from reliability import holds
-from serving import serving
+from serving import call, channel, serving
 
 from teacher_api import wire
 from teacher_api.types import Completion, ScoreRequest
 from teacher_api.v1 import teacher_pb2 as pb
+from teacher_server import grpc_api
 from teacher_server.app import StartError
 from teacher_server.auth import KeyRing
 from teacher_server.backends.fake import FakeBackend
@@ -292,6 +294,23 @@ def test_a_second_signal_after_the_stop_leaves_nothing_undone_in_the_loop():
         return asyncio.all_tasks() - before
 
     assert asyncio.run(stopped_and_told_again()) == set()
+
+
+def test_a_grpc_connection_without_calls_is_closed_and_its_next_call_served(monkeypatch):
+    monkeypatch.setattr(grpc_api, "IDLE_MS", 500)
+    with serving() as server, channel(server) as opened:
+        left = threading.Event()
+        states = []
+
+        def see(state: grpc.ChannelConnectivity) -> None:
+            states.append(state)
+            if state is grpc.ChannelConnectivity.IDLE and grpc.ChannelConnectivity.READY in states:
+                left.set()
+
+        opened.subscribe(see)
+        call(opened, "GetInfo", pb.GetInfoRequest())
+        assert left.wait(10), states
+        call(opened, "GetInfo", pb.GetInfoRequest())
 
 
 def test_the_configuration_is_printed_without_the_keys(tmp_path):

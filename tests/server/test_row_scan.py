@@ -68,6 +68,8 @@ def test_what_is_found_follows_its_definition(width: int, known: int, k: int, ki
     finally:
         torch.set_num_threads(before)
     assert np.array_equal(got.top.numpy(), z.max(1))
+    assert np.array_equal(got.token.numpy(), z[np.arange(rows), targets])
+    assert np.array_equal(got.asked.numpy(), z[np.repeat(np.arange(rows), counts), ids])
     for row in range(rows):
         mine = ids[offsets[row] : offsets[row + 1]]
         order, total, rest = expected(z[row], known, k, targets[row], mine)

@@ -180,6 +180,28 @@ def test_the_command_says_in_one_line_that_what_is_there_is_no_teacher_over_http
     assert error.count("\n") == 1
 
 
+def test_a_key_is_not_sent_on_to_where_a_server_redirects(capsys):
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        to = f"http://localhost:{second.getsockname()[1]}/v1/usage"
+
+        def answer() -> None:
+            redirect = f"HTTP/1.1 302 Found\r\nlocation: {to}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+            for listener, said in ((first, redirect), (second, "HTTP/1.1 200 OK\r\n\r\n{}")):
+                connection, _ = listener.accept()
+                with connection:
+                    heard.append(connection.recv(1 << 16))
+                    connection.sendall(said.encode())
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert main([f"http://127.0.0.1:{first.getsockname()[1]}", "--api-key", "only-for-the-first"]) == 1
+        answering.join()
+    assert b"only-for-the-first" in heard[0]
+    assert b"only-for-the-first" not in heard[1]
+    assert "answers no usage" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scheme", ["grpc", "http", "usage"])
 def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(scheme, capsys):
     key = "pk_only-for-the-server\n"

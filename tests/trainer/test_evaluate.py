@@ -97,5 +97,8 @@ def test_prompts_without_answers_are_refused_by_name() -> None:
         evaluate(Scripted(), [prompt(7, "x", None)], "exact_match", decode=str)
     with pytest.raises(ValueError, match="1 of 2 prompts have no answer, or an empty one, the first is row 4"):
         evaluate(Scripted(), [prompt(2, "x", "x"), prompt(4, "", " \n")], "exact_match", decode=str)
+    numbers = [prompt(1, "x", "so it is 7"), prompt(3, "x", "seven"), prompt(5, "x", "\\boxed{no} 3")]
+    with pytest.raises(ValueError, match="2 of 3 prompts have no answer, or one without a number, the first is row 3"):
+        evaluate(Scripted(), numbers, "numeric_answer", decode=str)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(Scripted(), [], "exact_match", decode=str)

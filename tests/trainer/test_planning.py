@@ -425,6 +425,11 @@ def test_a_small_student_fits_and_nothing_is_proposed(files, capsys) -> None:
     assert "speed     not predicted" in told
 
 
+def test_devices_of_a_teacher_that_nobody_names_are_refused(files, capsys) -> None:
+    assert command(described(files, "plan.teacher_devices=4", student="student")) != 0
+    assert "plan.teacher_devices: got 4 and no teacher to plan for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
