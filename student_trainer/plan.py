@@ -24,6 +24,7 @@ from teacher_api.types import TeacherInfo
 HELD_BEFORE = ("weights", "optimizer")
 """There before a micro-batch begins, or not yet: optimizer state comes with the first step."""
 DRY_RUN_NEW_TOKENS = 8
+NOT_VLLMS = "; sampling was timed with the torch sampler, for vLLM's engine is not started for that"
 
 
 def phases(run: Run, tokens: int) -> dict[str, Bytes]:
@@ -64,7 +65,8 @@ def timed(run: Run) -> str:
         world=run.dist.world,
         shares_prompt=run.student.packing.shared,
     )
-    return speed.told(calibrate(run, step).of(step), step, run.dist.world)
+    told = speed.told(calibrate(run, step).of(step), step, run.dist.world)
+    return told + (NOT_VLLMS if step.engine_bytes else "")
 
 
 def try_once(run: Run) -> str:

@@ -297,6 +297,16 @@ def test_the_time_of_a_step_is_near_what_a_short_calibration_says(settings: dict
         assert theirs / SPEED_FACTOR <= mine <= theirs * SPEED_FACTOR, (part, said, took)
 
 
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+def test_the_line_of_times_says_where_the_runs_own_engine_was_not_timed(engine: str) -> None:
+    rollout = {"max_new_tokens": 12, "batch_sequences": 2, "engine": engine}
+    run = run_of(64, layers=1, prompts=(8,), rollout=rollout, train={"batch_size": 2, "micro_batch_tokens": 100})
+    run.scorer, run.longest_tokens = MadeUpScores(run), 20
+    told = plan.timed(run)
+    assert "completion tokens per second: sampling" in told
+    assert ("timed with the torch sampler" in told) == (engine == "vllm")
+
+
 def _time_of_a_step(run: Any, rows: int, clock: Callable[[], float]) -> speed.Seconds:
     sampler = make_torch(run.config, run.student, {})
     sampler.stop_ids = ()  # whole-length completions, as the plan has them
