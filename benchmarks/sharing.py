@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import processes, sharing_fleet, sharing_real
@@ -28,6 +29,7 @@ def main() -> None:
         "--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; default: everything"
     )
     parser.add_argument("--quick", action="store_true", help="seconds of each: does it work at all")
+    parser.add_argument("--rounds", type=int, default=0, help="of what takes turns; 0: 3, or 1 with --quick")
     parser.add_argument("--clients", type=int, default=2000, help="of the simulated fleet")
     parser.add_argument("--tenants", type=int, default=50, help="of the simulated fleet")
     parser.add_argument("--seconds", type=float, default=120.0, help="simulated, after a quarter of it to warm up")
@@ -37,7 +39,8 @@ def main() -> None:
     if "simulated" in options.parts:
         figures |= simulated(options.clients, options.tenants, options.seconds)
     if set(options.parts) != {"simulated"}:
-        figures |= real(options.parts, sharing_real.QUICK if options.quick else sharing_real.Sizes())
+        sizes = sharing_real.QUICK if options.quick else sharing_real.Sizes()
+        figures |= real(options.parts, replace(sizes, rounds=options.rounds or sizes.rounds))
     for name, value in figures.items():
         print(f"{name:40s} {value:14.4f}")
     if options.json:
