@@ -107,7 +107,11 @@ def fleet(scratch: Path, sizes: Sizes) -> dict[str, float]:
         rounds: list[dict[str, list[int]]] = []
         for _ in range(sizes.rounds):
             rounds.append({name: _got(child, sizes, sizes.fleet_s) for name, child in sides.items()})
-        got = _got(started(weighted), sizes, sizes.fleet_s * 2)
+        three = started(weighted)
+        got = [
+            sum(each)
+            for each in zip(*(_got(three, sizes, sizes.fleet_s * 2) for _ in range(sizes.rounds)), strict=True)
+        ]
         serial_figures = serial(stack, url, sizes)
     each = [sum(tokens) for tokens in zip(*(one["many"] for one in rounds), strict=True)]
     per_s = {name: statistics.median(sum(one[name]) / sizes.fleet_s for one in rounds) for name in sides}

@@ -46,7 +46,9 @@ def encode_unsigned(values: npt.ArrayLike, *, narrow: bool = True) -> pb.Array:
         return pb.Array(dtype=pb.DTYPE_UINT16, shape=array.shape, data=array.astype("<u2").tobytes())
     wide = np.ascontiguousarray(array, dtype="<u4")
     if narrow and high < 1 << 24:
-        three = wide.reshape(-1).view(np.uint8).reshape(-1, 4)[:, :3]
+        four, three = wide.reshape(-1).view(np.uint8).reshape(-1, 4), np.empty((wide.size, 3), np.uint8)
+        for byte in range(3):  # a whole column at a time: numpy copies rows of three bytes at a fifth of the speed
+            three[:, byte] = four[:, byte]
         return pb.Array(dtype=pb.DTYPE_UINT24, shape=array.shape, data=three.tobytes())
     return pb.Array(dtype=pb.DTYPE_UINT32, shape=array.shape, data=wide.tobytes())
 
@@ -108,9 +110,8 @@ def decode_unsigned(message: pb.Array, *, ndim: int = 1) -> IntArray:
             where = int(np.argmax(values > MAX_ID))
             raise ValueError(f"value {values[where]} at [{where}] is above {MAX_ID}")
         return values.astype(np.int32).reshape(shape)
-    wide = np.zeros((math.prod(shape), 4), np.uint8)
-    wide[:, :3] = np.frombuffer(message.data, np.uint8).reshape(-1, 3)
-    return wide.reshape(-1).view("<u4").astype(np.int32).reshape(shape)
+    overlapping = np.ndarray((math.prod(shape),), "<u4", message.data + b"\0", strides=(3,))  # each with one byte more
+    return (overlapping & np.uint32(0xFFFFFF)).astype(np.int32, copy=False).reshape(shape)
 
 
 def decode_float(message: pb.Array, *, dtypes: Collection[int], ndim: int) -> npt.NDArray[np.float32 | np.float16]:

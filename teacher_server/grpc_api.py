@@ -125,7 +125,7 @@ def _handlers(service: TeacherService, keys: KeyRing) -> grpc.GenericRpcHandler:
 
     async def get_head(requests: AsyncIterator[bytes], context: Any) -> None:
         async def work(_: str, caller: Caller) -> None:
-            await _get_head(service, requests, caller, context)
+            await _get_head(service, keys, requests, caller, context)
 
         await _answered(context, service, keys, "head", work)
 
@@ -196,14 +196,17 @@ async def _score_stream(
                     await context.write(frame.SerializeToString())
 
 
-async def _get_head(service: TeacherService, requests: AsyncIterator[bytes], caller: Caller, context: Any) -> None:
+async def _get_head(
+    service: TeacherService, keys: KeyRing, requests: AsyncIterator[bytes], caller: Caller, context: Any
+) -> None:
     try:
         expected = pb.GetHeadRequest.FromString(await _only(requests, service)).expect_fingerprint
     except DecodeError:
         raise InvalidRequest("the message is not a teacher.v1.GetHeadRequest") from None
     authorization = dict(context.invocation_metadata() or ()).get("authorization")
     file, offset = service.head_file(authorization, expected, caller), 0
-    async with contextlib.aclosing(service.head_pieces(file, FRAME_BYTES, caller)) as pieces:
+    sent = service.head_pieces(file, FRAME_BYTES, caller, lambda: keys.check(authorization))
+    async with contextlib.aclosing(sent) as pieces:
         async for piece in pieces:
             async with taken_within(service.config.answer_idle_s):
                 await context.write(pb.HeadChunk(offset=offset, data=piece).SerializeToString())

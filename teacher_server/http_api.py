@@ -116,7 +116,7 @@ def _add_head(app: FastAPI, service: TeacherService) -> None:
         caller = caller_of(request)
         file = service.head_file(request.headers.get("authorization"), expect_fingerprint, caller)
         return Frames(
-            service.head_pieces(file, FRAME_BYTES, caller),
+            service.head_pieces(file, FRAME_BYTES, caller, request.scope["check_key"]),
             service.config.answer_idle_s,
             media_type="application/octet-stream",
             headers={"content-length": str(file.num_bytes), "etag": f'"{file.digest}"'},

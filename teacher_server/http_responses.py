@@ -12,7 +12,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from teacher_api.errors import Cancelled
+from teacher_api.errors import TeacherError
 from teacher_server.answers import FRAME_BYTES
 from teacher_server.stream import taken_within
 
@@ -61,7 +61,8 @@ class Frames(StreamingResponse):
 
 @contextlib.asynccontextmanager
 async def _given_up_after(idle_s: float, send: Send) -> AsyncGenerator[Send, None]:
-    """`send`, of which each message must be taken within `idle_s`; where one is not, the block ends there."""
+    """`send`, of which each message must be taken within `idle_s`; where one is not, or what is sent ends with an
+    error of ours, the block ends there."""
 
     async def in_time(message: Message) -> None:
         async with taken_within(idle_s):
@@ -69,5 +70,5 @@ async def _given_up_after(idle_s: float, send: Send) -> AsyncGenerator[Send, Non
 
     try:
         yield in_time
-    except Cancelled as error:  # an answer without its end: the connection is cut, which says that there is more
+    except TeacherError as error:  # an answer without its end: the connection is cut, which says that there is more
         log.info("refused", kind=error.kind, field=error.field)

@@ -193,11 +193,18 @@ class TeacherService:
         assert self._head_file is not None, "share_head without a head"
         return self._head_file
 
-    async def head_pieces(self, file: HeadFile, piece_bytes: int, caller: Caller) -> AsyncGenerator[bytes, None]:
-        """The file; while it is being sent it counts as a stream."""
+    async def head_pieces(
+        self, file: HeadFile, piece_bytes: int, caller: Caller, check: Callable[[], Caller]
+    ) -> AsyncGenerator[bytes, None]:
+        """The file; while it is being sent it counts as a stream.
+
+        Args:
+            check: whose key it was asked for with. Raises Unauthenticated once it is nobody's: no more is sent then.
+        """
         with self.streams.held(caller.tenant):
             async with contextlib.aclosing(file.pieces(piece_bytes)) as pieces:
                 async for piece in pieces:
+                    check()
                     yield piece
 
     async def _watch_engine(self, backend: ScoringBackend) -> None:

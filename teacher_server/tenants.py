@@ -1,6 +1,6 @@
 """Who shares this server: each tenant's keys, as digests, and what it may take. From the configuration or from a file
-that is read again when it changes; then a key that is no longer in it is refused from the next call on, and its
-streams end (stream.py).
+that is read again when it changes; then a key that is no longer in it is refused from the next call on, its streams
+end (stream.py), and so does its download of the head (service.py).
 
 Owns neither the comparison of keys (auth.py) nor the queue (fair.py). A file that can't be read leaves those of before
 in force, and the log says so.

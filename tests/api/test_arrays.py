@@ -20,6 +20,18 @@ def test_ids_are_as_narrow_as_they_can_be(high, width):
     np.testing.assert_array_equal(arrays.decode_unsigned(message, ndim=2), values)
 
 
+@pytest.mark.parametrize("number", [0, 1, 7, 640])
+def test_three_bytes_are_the_three_low_ones_of_each_id(number):
+    values = np.random.default_rng(number).integers(0, 1 << 24, number)
+    values[:1] = (1 << 24) - 1
+    data = b"".join(int(value).to_bytes(3, "little") for value in values)
+    got = arrays.decode_unsigned(pb.Array(dtype=pb.DTYPE_UINT24, shape=[number], data=data))
+    assert got.dtype == np.int32
+    assert got.flags.writeable
+    np.testing.assert_array_equal(got, values)
+    assert not number or arrays.encode_unsigned(values).data == data
+
+
 def test_float16_rounds_by_at_most_half_a_step_of_its_eleven_bits():
     values = -np.geomspace(1e-3, 1e4, 5000).astype(np.float32)
     message = arrays.encode_float(values, pb.DTYPE_FLOAT16)

@@ -4,12 +4,16 @@ the bytes are the same by both ways in, and only who may have it gets it."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -244,6 +248,47 @@ def test_without_keys_it_is_everybodys_or_nobodys(model: Path) -> None:
         assert teacher.info().head_digest == ""
         with pytest.raises(PermissionDenied, match="share_head is none"):
             teacher.head()
+
+
+def test_a_download_ends_where_its_key_is_revoked(tmp_path: Path) -> None:
+    """Of a head that no buffer on the way holds whole."""
+    model = save_tiny(tmp_path / "model", "llama", logit_width=400_000)
+    file = tmp_path / "tenants.yaml"
+
+    def write(*keys: str) -> None:
+        digests = ["sha256:" + hashlib.sha256(key.encode()).hexdigest() for key in keys]
+        fresh = file.with_suffix(".new")
+        fresh.write_text(json.dumps({"tenants": {"them": {"keys": digests}}}))
+        fresh.replace(file)
+
+    stays, goes = "pk_stays-0123456789abcdef0123456789", "pk_goes-0123456789abcdef01234567890"
+    write(stays, goes)
+    settings = {"backend": "torch", "model": str(model), "threads": 1, "share_head": "all"}
+    with serving(**settings, tenants_file=str(file)) as server, channel(server) as opened:
+        num_bytes = info_of(server, stays).head_bytes
+        method = opened.unary_stream("/teacher.v1.TeacherService/GetHead")
+        question = pb.GetHeadRequest().SerializeToString()
+        over_grpc = {key: method(question, metadata=tuple(bearer(key).items()), timeout=60) for key in (stays, goes)}
+        got = {key: [next(call)] for key, call in over_grpc.items()}
+        with server.http.stream("GET", f"{server.http_url}/v1/head", headers=bearer(goes)) as response:
+            pieces = response.iter_raw(1 << 16)
+            over_http = [next(pieces)]
+            write(stays)
+            deadline = time.monotonic() + 20
+            while server.http.get(f"{server.http_url}/v1/info", headers=bearer(goes)).status_code != 401:
+                assert time.monotonic() < deadline, "the file is looked at every second"
+                time.sleep(0.05)
+            with pytest.raises(httpx.RemoteProtocolError):
+                over_http.extend(pieces)
+        assert sum(len(piece) for piece in over_http) < num_bytes
+        with pytest.raises(grpc.RpcError) as refused:
+            got[goes].extend(over_grpc[goes])
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        got[stays].extend(over_grpc[stays])
+        bytes_of = {
+            key: sum(len(pb.HeadChunk.FromString(one).data) for one in messages) for key, messages in got.items()
+        }
+        assert bytes_of[goes] < num_bytes == bytes_of[stays]
 
 
 def test_a_file_that_changes_under_the_server_reaches_nobody(

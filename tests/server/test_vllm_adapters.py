@@ -1,5 +1,5 @@
-"""LoRA adapters in a real engine, on the fused path: base and adapters mixed in one batch, each against a float64 model
-with W + scale · B·A computed here."""
+"""LoRA adapters in a real engine: base and adapters mixed in one batch, each against a float64 model with
+W + scale · B·A computed here. On the fused path unless a test says otherwise."""
 
 from __future__ import annotations
 
@@ -136,6 +136,22 @@ def test_no_teacher_reads_what_another_has_cached(
         check_all([asked], [scores], references)
         cached.append(scores.cached_tokens)
     assert cached == [0, 0, 0, 2 * BLOCK, 2 * BLOCK, 2 * BLOCK]
+
+
+def test_two_processes_on_the_path_of_prompt_logprobs(
+    checkpoint: Path, places: dict[str, str], references: dict[str, torch.nn.Module]
+) -> None:
+    """What serves where the fused path cannot: it has to divide a model and hold adapters, too."""
+    from teacher_server.backends.vllm_backend import VllmBackend
+
+    small = {**SMALL, "tensor_parallel_size": 2}
+    backend = VllmBackend(str(checkpoint), scoring_path="prompt-logprobs", engine_args=small, adapters=places)
+    try:
+        assert backend.load().scoring_path.startswith("prompt-logprobs full-row")
+        jobs = mixed_jobs()
+        check_all(jobs, score(backend, *jobs), references)
+    finally:
+        asyncio.run(backend.close())
 
 
 def test_wrong_adapters_are_found_before_serving(backend: ScoringBackend, checkpoint: Path) -> None:

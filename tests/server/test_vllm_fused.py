@@ -228,9 +228,7 @@ def preempted_jobs(vocabulary: int) -> list[ScoreJob]:
     ]
 
 
-def test_two_processes_share_the_vocabulary(
-    checkpoint: Path, reference: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_share_the_vocabulary(checkpoint: Path, reference: torch.nn.Module) -> None:
     (backend,) = itertools.islice(loading := _loaded(checkpoint, tensor_parallel_size=2), 1)
     try:
         jobs = mixed_jobs()
