@@ -91,7 +91,8 @@ def questions(random: np.random.Generator, vocabulary: int) -> tuple[Work, dict[
 def errors(
     reference: Reference, work: Work, requests: dict[str, ScoreRequest], answers: dict[str, list[Scores]]
 ) -> dict[str, float]:
-    """`max_abs_error` over all float32 values in nats, `max_float16_error` over the float16 ones, `rank_errors`."""
+    """`max_abs_error` over all float32 values in nats, `max_float16_error` over the float16 ones, `rank_errors`; and
+    `max_abs_error_as_stock` over what stock vLLM is asked for, too: token and top 16 at temperature 1, by their ids."""
     worst: dict[str, float] = defaultdict(float)
     worst["rank_errors"] = 0.0
     for i, sequence in enumerate(work.sequences):
@@ -103,6 +104,8 @@ def errors(
             if scores.hidden is not None:
                 from_hidden = log_softmax(reference.head(scores.hidden), request.options.temperature)
                 found["max_abs_error"] = max(found["max_abs_error"], float(np.abs(from_hidden - logp_NV).max()))
+            if name == "top_k":
+                found["max_abs_error_as_stock"] = _error_by_id(logp_NV, sequence[scores.positions], scores)
             for key, value in found.items():
                 worst[key] = worst[key] + value if key == "rank_errors" else max(worst[key], value)
     return dict(worst)
@@ -140,6 +143,13 @@ def _of_one(logp_NV: F64, token_N: np.ndarray, scores: Scores, candidates: Candi
     return found
 
 
+def _error_by_id(logp_NV: F64, token_N: np.ndarray, scores: Scores) -> float:
+    assert scores.topk_ids is not None
+    ids_NK = np.column_stack([token_N, scores.topk_ids]).astype(np.int64)
+    values_NK = np.column_stack([scores.token_logprob, scores.topk_logprob])
+    return float(np.abs(values_NK - np.take_along_axis(logp_NV, ids_NK, axis=1)).max())
+
+
 def _top_k_gap(logp_NV: F64, scores: Scores) -> F64:
     """Each value against the id it is given for, or against the true value of its place, whichever is farther."""
     assert scores.topk_ids is not None
@@ -155,11 +165,11 @@ def _top_k_gap(logp_NV: F64, scores: Scores) -> F64:
 def stock_error(
     reference: Reference, sequences: list[np.ndarray], answers: list[list[dict[str, dict[str, float]]]]
 ) -> float:
-    """Over all values of stock vLLM's prompt logprobs."""
+    """Over all values of stock vLLM's prompt logprobs, of the positions that `questions` has scored."""
     worst = 0.0
     for sequence, rows in zip(sequences, answers, strict=True):
         logp = log_softmax(reference.logits(sequence))
-        for position, row in enumerate(rows, start=1):
+        for position, row in enumerate(rows[PROMPT - 1 :], start=PROMPT):
             ids = np.array([int(name) for name in row])
             values = np.array([entry["logprob"] for entry in row.values()])
             worst = max(worst, float(np.abs(values - logp[position - 1, ids]).max()))

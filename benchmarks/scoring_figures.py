@@ -109,7 +109,7 @@ def show(model: str, found: Mapping[str, float]) -> None:
     console.print(cost)
     rest = Table(show_header=False, title=f"{model} model")
     for key in ("candidates_cost", "k256_over_k64", "group_k256_over_k64", "max_abs_error", "max_float16_error",
-                "stock_max_abs_error", "rank_errors", "unary_client_cpu_vs_stock_k64", "stream_client_cpu_vs_stock_k64",
-                "stock_concurrency", "streamed", "rounds"):  # fmt: skip
+                "max_abs_error_as_stock", "stock_max_abs_error", "rank_errors", "unary_client_cpu_vs_stock_k64",
+                "stream_client_cpu_vs_stock_k64", "stock_concurrency", "streamed", "rounds"):  # fmt: skip
         rest.add_row(key, format(found[key], ".4g"))
     console.print(rest)

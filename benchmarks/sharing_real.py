@@ -46,6 +46,7 @@ ENGINE = {"max_num_batched_tokens": 4096, "max_num_seqs": 64, "enforce_eager": T
 @dataclass(frozen=True)
 class Sizes:
     rounds: int = 3
+    starts: int = 3  # of both sides of what a server costs: one start of an engine is faster than the next
     warm_s: float = 1.5
     trial_s: float = 3.0
     fleet_s: float = 8.0
@@ -54,7 +55,7 @@ class Sizes:
     tiny_s: float = 6.0
 
 
-QUICK = Sizes(rounds=1, warm_s=0.3, trial_s=0.5, fleet_s=1.0, serial_s=0.5, calls=2, tiny_s=0.5)
+QUICK = Sizes(rounds=1, starts=1, warm_s=0.3, trial_s=0.5, fleet_s=1.0, serial_s=0.5, calls=2, tiny_s=0.5)
 
 
 @contextlib.contextmanager
@@ -176,32 +177,39 @@ def overhead(scratch: Path, sizes: Sizes, backend: str) -> dict[str, float]:
     else:
         settings |= {"batch_tokens": BATCH_TOKENS, "threads": len(processes.engine_cores())}
         arguments += _torch_arguments()
-    ratios, wire_s, own_s = [], [], []
-    with contextlib.ExitStack() as stack:
-        announced = stack.enter_context(processes.teacher(model, scratch, *arguments))
-        callers: Child[Callers] = stack.enter_context(
-            Child(Callers, announced["grpc_url"], [Who("", "overhead", 4)], LONG)
-        )
-        config = ServerConfig(model=str(model), **settings)
-        own: Child[InProcess] = stack.enter_context(Child(InProcess, config, log=scratch / "in_process.log"))
-        for number in range(sizes.rounds + 1):
-            num_calls = sizes.calls if number else 2
-            seconds = []
-            for side in (0, 1) if number % 2 else (1, 0):
-                time.sleep(SETTLE_S if backend == "vllm" else 0)
-                seconds.append((side, _wire_s(callers, num_calls) if side else _own_s(own, num_calls, number)))
-            found = dict(seconds)
-            if number:
-                own_s.append(found[0])
-                wire_s.append(found[1])
-                ratios.append(found[1] / found[0])
+    config = ServerConfig(model=str(model), **settings)
+    settle_s = SETTLE_S if backend == "vllm" else 0.0
+    pairs: list[tuple[float, float]] = []
+    for _ in range(sizes.starts):
+        with contextlib.ExitStack() as stack:
+            announced = stack.enter_context(processes.teacher(model, scratch, *arguments))
+            callers: Child[Callers] = stack.enter_context(
+                Child(Callers, announced["grpc_url"], [Who("", "overhead", 4)], LONG)
+            )
+            own: Child[InProcess] = stack.enter_context(Child(InProcess, config, log=scratch / "in_process.log"))
+            found = [_pair(callers, own, sizes.calls, number, settle_s) for number in range(sizes.rounds + 1)]
+            pairs += found[1:]  # the first warms both up
     suffix = "" if backend == "torch" else f"_{backend}"
     tokens = sizes.calls * LONG.sequences * LONG.tokens[1]
+    ratios = [wire_s / own_s for own_s, wire_s in pairs]
     return {
         f"overhead{suffix}": statistics.median(ratios) - 1,
-        f"overhead_tokens_per_s_grpc{suffix}": tokens / statistics.median(wire_s),
-        f"overhead_tokens_per_s_in_process{suffix}": tokens / statistics.median(own_s),
+        f"overhead_least{suffix}": min(ratios) - 1,
+        f"overhead_most{suffix}": max(ratios) - 1,
+        f"overhead_tokens_per_s_grpc{suffix}": tokens / statistics.median(wire_s for _, wire_s in pairs),
+        f"overhead_tokens_per_s_in_process{suffix}": tokens / statistics.median(own_s for own_s, _ in pairs),
     }
+
+
+def _pair(
+    callers: Child[Callers], own: Child[InProcess], num_calls: int, number: int, settle_s: float
+) -> tuple[float, float]:
+    """Seconds in process, and over the wire; each is first in every other round."""
+    seconds = {}
+    for side in ("own", "wire") if number % 2 else ("wire", "own"):
+        time.sleep(settle_s)
+        seconds[side] = _wire_s(callers, num_calls) if side == "wire" else _own_s(own, num_calls, number)
+    return seconds["own"], seconds["wire"]
 
 
 def _wire_s(callers: Child[Callers], num_calls: int) -> float:
