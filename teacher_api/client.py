@@ -227,26 +227,28 @@ class AsyncTeacherClient:
             TeacherError: of the first completion that has no scores after all retries; the rest is cancelled.
         """
         source = _as_async(requests)
-        running: set[asyncio.Task[list[Scores | TeacherError]]] = set()
-        news: asyncio.Queue[Scores | TeacherError | asyncio.Task[list[Scores | TeacherError]]] = asyncio.Queue()
+        running: set[asyncio.Task[Any]] = set()
+        coming: asyncio.Task[ScoreRequest | None] | None = None  # the next request, while it is being waited for
+        news: asyncio.Queue[Scores | TeacherError | asyncio.Task[Any]] = asyncio.Queue()
         exhausted = False
         try:
-            while running or not exhausted:
-                while not exhausted and len(running) < self._max_concurrency:
-                    try:
-                        request = await anext(source)
-                    except StopAsyncIteration:
-                        exhausted = True
-                        break
-                    task = asyncio.create_task(self._answers(request, streamed=True, tell=news.put_nowait))
-                    task.add_done_callback(
-                        news.put_nowait
-                    )  # after its answers: they are consumed before its place is free
-                    running.add(task)
-                if not running:
+            while True:
+                if coming is None and not exhausted and len(running) < self._max_concurrency:
+                    coming = asyncio.create_task(_next(source))
+                    coming.add_done_callback(news.put_nowait)
+                if coming is None and not running:
                     break
                 came = await news.get()
-                if isinstance(came, asyncio.Task):
+                if coming is not None and came is coming:
+                    request, coming = coming.result(), None
+                    if request is None:
+                        exhausted = True
+                        continue
+                    task = asyncio.create_task(self._answers(request, streamed=True, tell=news.put_nowait))
+                    # After its answers: they are consumed before its place is free.
+                    task.add_done_callback(news.put_nowait)
+                    running.add(task)
+                elif isinstance(came, asyncio.Task):
                     running.discard(came)
                     came.result()
                 elif isinstance(came, TeacherError):
@@ -254,9 +256,10 @@ class AsyncTeacherClient:
                 else:
                     yield came
         finally:
-            for task in running:
+            tasks = [*running, *(() if coming is None else (coming,))]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answers(
         self, request: ScoreRequest, *, streamed: bool, tell: Tell | None = None
@@ -292,6 +295,8 @@ def _check_shape(request: ScoreRequest) -> None:
     if not request.completions:
         raise InvalidRequest("empty; expected at least one completion", field="completions")
     check_options(request.options)
+    if request.timeout_s is not None and not 0 < request.timeout_s < float("inf"):
+        raise InvalidRequest(f"{request.timeout_s}; expected a finite number above 0", field="timeout_s")
     if not _is_text(request.teacher):
         raise InvalidRequest(f"{request.teacher!r:.80}; expected text", field="teacher")
     seen: set[str] = set()
@@ -317,6 +322,11 @@ def _scores_only(answers: list[Scores | TeacherError]) -> list[Scores]:
             raise answer
         scores.append(answer)
     return scores
+
+
+async def _next(source: AsyncIterator[T]) -> T | None:
+    """None at the end."""
+    return await anext(source, None)
 
 
 async def _as_async(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:

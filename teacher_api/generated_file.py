@@ -8,6 +8,7 @@ fingerprint}. Lines are in the order in which they were finished.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -82,8 +83,8 @@ class Output:
     killed is taken away.
 
     Raises:
-        ValueError: it can't be written; or it holds something else than completions of these prompts, with these
-            settings, by this teacher.
+        ValueError: it can't be written, or another program writes to it; or it holds something else than completions of
+            these prompts, with these settings, by this teacher.
     """
 
     def __init__(self, path: Path, prompts: list[Prompt], sampling: Sampling, teacher: str) -> None:
@@ -95,6 +96,10 @@ class Output:
         except OSError as error:
             raise ValueError(f"output {path}: {error.strerror or error}") from None
         try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+            except BlockingIOError:
+                raise ValueError(f"output {path}: another program is writing to it") from None
             self._file.seek(0)
             whole = 0
             for number, line in enumerate(self._file, start=1):

@@ -19,6 +19,7 @@ import httpx
 
 from teacher_api import errors
 from teacher_api.asking import Deadline, retrying
+from teacher_api.endpoints import check_key
 from teacher_api.errors import CorruptResponse, DeadlineExceeded, InvalidRequest, TeacherError, Unavailable, Unsupported
 from teacher_api.info import from_proto
 from teacher_api.tls import NO_TLS, ClientTls
@@ -77,7 +78,7 @@ class AsyncGenerationClient:
         tls: certificate and authorities of this client's own, with an https:// URL.
 
     Raises:
-        ValueError: the URL has another scheme or no host, or a limit is not above 0.
+        ValueError: the URL has another scheme or no host, a limit is not above 0, or no header can hold the key.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class AsyncGenerationClient:
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a finite number above 0")
         tls.check_url(url)
+        check_key(api_key)
         self._url = url.rstrip("/")
         self._timeout_s, self._attempt_timeout_s = timeout_s, attempt_timeout_s
         self._info = HttpTransport(url, api_key=api_key, max_connections=1, tls=tls)

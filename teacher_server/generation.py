@@ -23,6 +23,7 @@ from teacher_api.errors import (
     BackendFailed,
     DeadlineExceeded,
     InvalidBackendOutput,
+    Overloaded,
     TeacherError,
     TooLarge,
     Unsupported,
@@ -78,12 +79,22 @@ class Writer:
         if generator is None:
             raise Unsupported("this server only scores; one started with --generate also writes", field="max_tokens")
         cost = _cost(jobs, options, info, caller)
-        self._admission.take(cost)
         with contextlib.ExitStack() as held:
+            self._admit(cost)
             held.callback(self._admission.give, cost)
             self._service.admit(cost)
             held.callback(self._service.admission.give, cost)
             yield await self._all(generator, jobs, options, info, caller)
+
+    def _admit(self, cost: Cost) -> None:
+        """Into the part of the queue that text may hold. Raises Overloaded or TooLarge."""
+        try:
+            self._admission.take(cost)
+        except Overloaded:
+            self._service.usage.refused(cost.caller, cost.tokens)
+            raise
+        except TooLarge as error:  # the whole queue is larger: what does not fit here alone is the prompt's to say
+            raise TooLarge(error.message, field="prompt") from None
 
     async def _all(
         self,

@@ -16,7 +16,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from teacher_api.errors import InvalidRequest, TeacherError, Unsupported
+from teacher_api.errors import InvalidRequest, TeacherError, TooLarge, Unsupported
 from teacher_api.types import Completion, IntArray, ScoreOptions, ScoreRequest, Scores, TeacherInfo
 from teacher_server.caller import Caller
 from teacher_server.config import ServerConfig
@@ -38,7 +38,7 @@ from teacher_server.openai_text import LazyTexts, Texts
 from teacher_server.openai_writing import written_answer
 from teacher_server.problem import REQUEST_ID_HEADER, request_id_of
 from teacher_server.service import TeacherService
-from teacher_server.validation import decoded_of, jobs_of
+from teacher_server.validation import check_ids, check_options, decoded_of, jobs_of
 
 Prompt = tuple[IntArray, str | None]  # ids, and the text that they came from
 
@@ -111,9 +111,14 @@ async def _answered(
     if asked.writes and "generate" not in info.features:
         raise Unsupported(f"`{info.model_name}` is an adapter, which only scores; the base writes", field="model")
     options = _options(asked, info)
+    check_options(options, info)
     texts = await lazy.get(info.tokenizer_size)
     prompts = await asyncio.to_thread(_prompts, asked, texts, info)
     wanted = _wanted(asked, prompts)
+    asked_of = {completion.id for completion in wanted}  # whose ids the service looks at
+    for n, (ids, _) in enumerate(prompts):
+        if str(n) not in asked_of:
+            check_ids(ids, f"completions[{n}].token_ids", info)
     scores: dict[str, Scores] = {}
     if wanted:
         decoded = decoded_of(ScoreRequest(wanted, options=options, teacher=teacher))
@@ -158,9 +163,11 @@ def _options(asked: CompletionRequest, info: TeacherInfo) -> ScoreOptions:
 
 
 def _prompts(asked: CompletionRequest, texts: Texts, info: TeacherInfo) -> list[Prompt]:
-    """Raises TeacherError for the first prompt that is empty or too long; other ids are the service's to refuse."""
+    """Raises TeacherError for too many prompts, and for the first that is empty or too long."""
     given = asked.prompt
     one_alone = isinstance(given, str) or isinstance(given[0], int)
+    if not one_alone and len(given) > info.max_completions:
+        raise TooLarge(f"{len(given)} completions; expected at most {info.max_completions}", field="completions")
     new_tokens = (asked.max_tokens or 0) if asked.writes else int(asked.generates)
     room = info.max_sequence_tokens - new_tokens
     if room < 1:

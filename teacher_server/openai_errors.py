@@ -62,7 +62,7 @@ def openai_error(
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    body = json.dumps({"error": inside}, ensure_ascii=False).encode()
+    body = json.dumps({"error": inside}, ensure_ascii=False).encode(errors="replace")
     headers.append((b"content-length", str(len(body)).encode()))
     return status, headers, body
 

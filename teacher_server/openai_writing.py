@@ -21,6 +21,7 @@ from teacher_server.generation import Writer, Written
 from teacher_server.openai_answer import SLAB_ENTRIES, Answer, Entries, Scored
 from teacher_server.openai_generation import GenerationRequest, check_writing
 from teacher_server.openai_text import CONTEXT, Texts
+from teacher_server.validation import check_options
 
 
 class GrowingText:
@@ -138,6 +139,8 @@ async def written_answer(
         for n, (prompt, index) in enumerate(places)
     ]
     options = None if asked.logprobs is None else _options(asked.logprobs, asked, info)
+    if options is not None:
+        check_options(options, info)
     written = await hold.enter_async_context(writer.written(jobs, options, caller))
 
     def choices() -> list[WrittenChoice]:

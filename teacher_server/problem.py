@@ -52,6 +52,6 @@ def problem(
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
     if error.http_status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    encoded = json.dumps(body, ensure_ascii=False).encode()
+    encoded = json.dumps(body, ensure_ascii=False).encode(errors="replace")
     headers.append((b"content-length", str(len(encoded)).encode()))
     return status, headers, encoded

@@ -66,7 +66,7 @@ def _check_shared(request: ScoreRequest, num_completions: int, info: TeacherInfo
         raise TooLarge(f"{num_completions} completions; expected at most {info.max_completions}", field="completions")
     if request.timeout_s is not None and not (math.isfinite(request.timeout_s) and request.timeout_s > 0):
         raise InvalidRequest(f"got {request.timeout_s}; expected a finite number > 0", field="timeout_s")
-    _check_options(request.options, info)
+    check_options(request.options, info)
 
 
 def check_fingerprint(expected: str, info: TeacherInfo) -> None:
@@ -79,7 +79,8 @@ def check_fingerprint(expected: str, info: TeacherInfo) -> None:
         )
 
 
-def _check_options(options: ScoreOptions, info: TeacherInfo) -> None:
+def check_options(options: ScoreOptions, info: TeacherInfo) -> None:
+    """Raises TeacherError where an option has no value that this teacher can honour."""
     low, high = TEMPERATURES
     if not (math.isfinite(options.temperature) and low <= options.temperature <= high):
         raise InvalidRequest(

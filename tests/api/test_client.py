@@ -94,6 +94,15 @@ def test_what_cannot_be_asked_is_refused_here(completions, field):
     assert not teacher.asked
 
 
+@pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_time_that_is_none_is_refused_here(timeout_s):
+    teacher = FakeTeacher()
+    with pytest.raises(errors.InvalidRequest) as caught:
+        run(SERVE["grpc"], teacher, lambda c: c.score(replace(a_request(1), timeout_s=timeout_s)))
+    assert caught.value.field == "timeout_s"
+    assert not teacher.asked
+
+
 @pytest.mark.parametrize(
     "option",
     [{"top_k": -1}, {"top_k": 1 << 40}, {"top_k": "ALL"}, {"value_type": "bfloat16"}, {"temperature": float("nan")}],
@@ -181,6 +190,41 @@ def test_completions_are_delivered_while_the_rest_of_their_request_is_scored(ser
     teacher.held = {c.id: threading.Event() for c in request.completions[1:]}
     with _InThread(teacher, serve) as url, TeacherClient(url, timeout_s=20) as client:
         check(request, [(scores, release(scores))[0] for scores in client.score_many([request])])
+
+
+def test_an_answer_does_not_wait_for_the_next_request(serve):
+    """Of a source that asks for more only when it has seen what came of the last."""
+    teacher, requests = FakeTeacher(), [a_request(1, prefix=f"{n}-") for n in range(4)]
+
+    async def work(client):
+        seen = asyncio.Semaphore(1)
+
+        async def one_by_one():
+            for request in requests:
+                await seen.acquire()
+                yield request
+
+        answers = []
+        async with asyncio.timeout(20):
+            async for scores in client.score_many(one_by_one()):
+                answers.append(scores)
+                seen.release()
+        return answers
+
+    for request, scores in zip(requests, run(serve, teacher, work), strict=True):
+        check(request, [scores])
+
+
+def test_a_source_that_fails_is_heard_of(serve):
+    async def work(client):
+        async def failing():
+            yield a_request(1)
+            raise RuntimeError("no more prompts")
+
+        return [scores async for scores in client.score_many(failing())]
+
+    with pytest.raises(RuntimeError, match="no more prompts"):
+        run(serve, FakeTeacher(), work)
 
 
 def test_a_server_that_knows_no_adapters_is_not_asked_for_one(serve):

@@ -21,7 +21,7 @@ from tinymodels import tiny_tokenizer
 
 from teacher_api.errors import CorruptResponse, FingerprintMismatch
 from teacher_api.generate import OK, UNREACHABLE, USAGE, WRONG, main
-from teacher_api.generated_file import read_prompts
+from teacher_api.generated_file import Output, read_prompts
 from teacher_api.generation import Sampling, answer_of
 from teacher_api.types import Scores
 
@@ -188,7 +188,20 @@ def test_a_key_is_sent_from_the_environment(model: str, tmp_path: Path, monkeypa
         assert generate(running.http_url, prompts, output) == WRONG
         monkeypatch.setenv("TEACHER_API_KEY", "a-secret-key")
         assert generate(running.http_url, prompts, output, "--max-tokens=2") == OK
+        for wrong in ("a-secret-key\n", "a-secret-key-\u00e9"):
+            monkeypatch.setenv("TEACHER_API_KEY", wrong)
+            assert generate(running.http_url, prompts, output, "--max-tokens=2") == USAGE
+            assert "api_key" in (said := "".join(capsys.readouterr()))
+            assert "a-secret-key" not in said
     assert "a-secret-key" not in "".join(capsys.readouterr())
+
+
+def test_two_programs_do_not_write_to_one_file(server: Server, tmp_path: Path, capsys: Any):
+    prompts, output = prompts_file(tmp_path, 2), tmp_path / "out.jsonl"
+    with Output(output, read_prompts(prompts, "prompt"), Sampling(), "another"):
+        assert generate(server.http_url, prompts, output) == USAGE
+        assert "another program" in capsys.readouterr().err
+    assert generate(server.http_url, prompts, output, "--max-tokens=2") == OK
 
 
 # --- a server that dies ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,9 @@ def test_what_cannot_be_honoured_is_still_refused_by_name(fake: Server, name: st
         ({"stop_token_ids": [-1]}, "stop_token_ids", 400),
         ({"stop_token_ids": list(range(65))}, "stop_token_ids", 413),
         ({"logprobs": 121}, "logprobs", 400),
+        ({"teacher_temperature": 0}, "teacher_temperature", 400),
+        ({"teacher_temperature": -1, "logprobs": 1}, "teacher_temperature", 400),
+        ({"teacher_temperature": 1e-300, "logprobs": 1}, "teacher_temperature", 400),
         ({"stream": True}, "stream", 400),
         ({"min_tokens": 2}, "min_tokens", 400),
     ],
@@ -110,6 +114,19 @@ def test_a_wrong_request_is_refused_by_name(server: Server, change: dict[str, An
     told = error_of(ask(server, **{"prompt": [25, 26], "max_tokens": 4, **change}), status)
     assert told["param"] == param
     assert told["message"]
+
+
+def test_text_that_finds_no_room_is_told_so_and_counts_as_refused():
+    with serving(generate=True, queue_tokens=1000, max_sequence_tokens=1000) as small:
+        told = error_of(ask(small, prompt=[5] * 600, max_tokens=4), 413)
+        assert told["param"] == "prompt", "half of the queue is for text"
+        body = {"prompt": [[5] * 100] * 4, "max_tokens": 4}
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: ask(small, **body), range(64)))
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused, "eight at a time are four times what has room"
+        rows = small.http.get(f"{small.http_url}/v1/usage").json()["rows"]
+        assert sum(row["refused_tokens"] for row in rows) == len(refused) * 4 * 104
 
 
 def test_null_stands_for_the_default(server: Server):

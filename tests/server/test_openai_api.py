@@ -334,6 +334,10 @@ def test_a_field_that_cannot_be_honoured_is_taken_only_where_it_asks_for_nothing
         ({"prompt": [[5, 6], [5, VOCABULARY]]}, "prompt[1][1]"),
         ({"prompt": [5, -1]}, "prompt[0][1]"),
         ({"prompt": [5, 1 << 40]}, "prompt"),
+        ({"prompt": [VOCABULARY], "max_tokens": 0, "echo": True}, "prompt[0][0]"),  # nothing of these is scored
+        ({"prompt": [-1], "max_tokens": 0, "echo": True, "logprobs": 1}, "prompt[0][0]"),
+        ({"prompt": [[5, 6], [-1]], "max_tokens": 0, "prompt_logprobs": 1}, "prompt[1][0]"),
+        ({"teacher_temperature": -1, "max_tokens": 0}, "teacher_temperature"),
         ({"prompt": [5] * (LONGEST + 1), "max_tokens": 0}, "prompt"),
         ({"prompt": [5] * LONGEST}, "prompt"),
         ({"prompt": "fox " * 4000}, "prompt"),
@@ -381,6 +385,13 @@ def test_a_body_that_is_no_json_object_is_refused(server: Server, body: bytes):
     assert error_of(server.http.post(url, content=body), 400)["param"] == "content-type"
 
 
+def test_a_name_that_is_no_text_is_refused_like_any_other(server: Server):
+    url, kind = f"{server.http_url}/v1/completions", {"content-type": "application/json"}
+    for _ in range(2):
+        answer = server.http.post(url, content=b'{"\\ud800": 1, "prompt": [5, 6], "max_tokens": 1}', headers=kind)
+        assert "?" in error_of(answer, 400)["param"]
+
+
 def test_other_errors_on_these_paths_have_the_same_form(server: Server):
     url = server.http_url
     wrong = server.http.get(f"{url}/v1/completions")
@@ -414,6 +425,7 @@ def test_more_than_the_limits_is_refused_with_a_time_to_come_back():
         assert error_of(told, 413)["type"] == "RequestTooLargeError"
     with serving(max_completions=2) as small:
         assert error_of(ask(small, prompt=[[5, 6]] * 3, max_tokens=1), 413)["param"] == "prompt"
+        assert error_of(ask(small, prompt=[[5]] * 3, max_tokens=0, echo=True), 413)["param"] == "prompt"
     with serving(max_response_bytes=2048) as small:
         assert error_of(ask(small, prompt=[5] * 500, max_tokens=0, prompt_logprobs=1), 413)["param"] == "prompt"
 
