@@ -40,6 +40,7 @@ PART_TOKENS = 1 << 17
 WAIT_INITIAL_S, WAIT_MAX_S, WAIT_JITTER_S = 0.1, 5.0, 0.5
 RETRY_AFTER_JITTER = 0.25
 """Share added at random to a delay the server asks for, so that its callers don't all come back at once."""
+WHO_S = 3.0  # for the answer to who is there, before a mismatch is believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +307,8 @@ class Asker:
                     found = await self._unary(message, questions, limit_s, fingerprint)
             except DeadlineExceeded as error:
                 raise self._own_or_overall(error, deadline) from error
+            except FingerprintMismatch as error:
+                raise await self._mismatch(error, fingerprint, deadline, request.teacher) from error
             except TeacherError as error:
                 _in_callers_places(error, request, completions)
                 raise
@@ -321,6 +324,21 @@ class Asker:
                 answers[name] = answer
         if first is not None:
             raise first
+
+    async def _mismatch(
+        self, error: FingerprintMismatch, fingerprint: str, deadline: Deadline, teacher: str
+    ) -> TeacherError:
+        """`error`, unless the teacher is the one that was asked for after all: then the question, or the refusal, was
+        damaged on its way, and is worth asking again."""
+        try:
+            limit_s = min(self._limit_s(deadline), WHO_S)
+            async with asyncio.timeout(limit_s):  # replicas that are left out are waited for
+                found = await self._transport.info(timeout_s=limit_s, request_id=uuid.uuid4().hex, teacher=teacher)
+        except (TeacherError, TimeoutError):
+            return error
+        if found.fingerprint != fingerprint:
+            return error
+        return CorruptResponse(f"the teacher is the one expected, and says otherwise: {error.message}")
 
     async def _unary(
         self, message: pb.ScoreRequest, questions: Mapping[str, wire.Question], limit_s: float, fingerprint: str

@@ -96,6 +96,7 @@ class Fault:
     error: TeacherError | None = None  # the whole call fails
     of: dict[str, TeacherError] = field(default_factory=dict)  # these completions fail
     change: Callable[[pb.ScoreFrame], None] | None = None  # done to each frame
+    becomes: str = ""  # the fingerprint of the teacher that is there from then on
     hang: bool = False
     break_after: int | None = None  # the connection breaks after so many frames
     raw: tuple[int, bytes] | None = None  # HTTP: an answer that is not ours
@@ -153,6 +154,7 @@ class FakeTeacher:
             raise RawAnswer(*fault.raw)
         if fault.hang:
             await asyncio.Event().wait()
+        self.fingerprint = fault.becomes or self.fingerprint
         if fault.error:
             raise fault.error
         sent = 0

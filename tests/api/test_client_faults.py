@@ -50,7 +50,7 @@ def test_final_errors_stay_with_their_completion(serve):
 def test_retry_classification(serve, kind, record_property):
     """Every kind: retried exactly if the table says so."""
     error = errors.error_of_kind(kind, "injected", field="some.field")
-    teacher = FakeTeacher(Fault(error=error))
+    teacher = FakeTeacher(Fault(error=error, becomes="another" if kind == "fingerprint_mismatch" else ""))
     request = a_request(1)
     if error.retryable or kind == "deadline_exceeded":  # the server's deadline was the attempt's, not the call's
         check(request, run(serve, teacher, lambda c: c.score(request)))
@@ -62,6 +62,15 @@ def test_retry_classification(serve, kind, record_property):
         assert caught.value.field == "some.field"
         assert len(teacher.asked) == 1
     holds(record_property, "C1", f"{kind}: {'asked again' if len(teacher.asked) == 2 else 'not asked again'}")
+
+
+def test_a_question_that_was_damaged_into_one_for_another_teacher_is_asked_again(serve):
+    teacher = FakeTeacher(Fault(error=errors.FingerprintMismatch("this is fp, the caller expects f&")))
+    request = a_request(2)
+    check(request, run(serve, teacher, lambda c: c.score(request)))
+    assert len(teacher.asked) == 2
+    teacher = FakeTeacher(Fault(error=errors.FingerprintMismatch("this is fp, the caller expects f&")))
+    check(request, run(serve, teacher, lambda c: collect(c, request)))
 
 
 def test_unknown_kind_is_not_retried(serve, record_property):

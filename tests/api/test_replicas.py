@@ -86,7 +86,8 @@ def test_c1_the_table_of_retries_holds_with_two_servers(serve: Any, kind: str, r
 
     async def main() -> None:
         error = errors.error_of_kind(kind, "injected", field="some.field")
-        teachers = [FakeTeacher(Fault(error=error)), FakeTeacher(Fault(error=error))]
+        becomes = "another" if kind == "fingerprint_mismatch" else ""
+        teachers = [FakeTeacher(Fault(error=error, becomes=becomes)) for _ in range(2)]
         request = a_request(1)
         async with behind_one_client(serve, *teachers) as client:
             again = error.retryable or kind == "deadline_exceeded"  # of the attempt, not of the call
