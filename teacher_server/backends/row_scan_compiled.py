@@ -3,7 +3,7 @@ disk is known by this file's age alone, so everything that is compiled stands he
 
 A row's columns fall into blocks: those of whole groups of searched columns by lanes, the searched ones behind them and
 the others, which no tokenizer has an id for, by neighbours. The k largest entries lie in blocks whose maxima are no
-smaller than the k-th largest of all.
+smaller than the k-th largest of all, and are no smaller than that themselves; any lower bound of it does as well.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ LANES, DEPTH = 32, 32
 """A group is DEPTH times LANES neighbouring columns; a block is the columns of one lane, so that maxima and sums of
 all lanes grow together, as vectors."""
 GROUP = LANES * DEPTH
+STEP_BIT, STEPS = 19, 320
+FIRST_STEP = (127 - 10) << 4
+"""Block maxima are told apart by how far they are below the largest when the k-th of them is looked for: from 2**-10 to
+2**10 nats, in 16 steps a doubling. A step is the upper bits of a float32: its exponent, and four below."""
 SHARE_LEFT = 0.05
 """Of the whole sum: where less is left outside the named ids, taking these from the sum would cost digits, and their
 blocks are summed again without them."""
@@ -111,67 +115,87 @@ def block_of(column: int, known: int) -> int:
     return searched + (column - known) // DEPTH
 
 
-@numba.njit  # type: ignore[untyped-decorator]
-def sift(values: Any, ids: Any, place: int, size: int) -> None:
-    """Moves the entry at `place` down a heap whose root is the last by (value descending, id ascending)."""
-    value, entry = values[place], ids[place]
-    while True:
-        child = 2 * place + 1
-        if child >= size:
-            break
-        other = child + 1
-        if other < size and (
-            values[other] < values[child] or (values[other] == values[child] and ids[other] > ids[child])
-        ):
-            child = other
-        if values[child] < value or (values[child] == value and ids[child] > entry):
-            values[place], ids[place] = values[child], ids[child]
-            place = child
-        else:
-            break
-    values[place], ids[place] = value, entry
+@intrinsic  # type: ignore[untyped-decorator]
+def bits_of(typing_context: Any, x: Any) -> Any:
+    """Those of a float32, as an integer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def keep_largest(value: Any, entry: int, values: Any, ids: Any, size: int) -> int:
-    """Offers one more entry to the heap of the len(values) first; its size after that."""
-    k = len(values)
-    if size < k:
-        values[size], ids[size] = value, entry
-        if size + 1 == k:
-            for place in range(k // 2 - 1, -1, -1):
-                sift(values, ids, place, k)
-        return size + 1
-    if value > values[0] or (value == values[0] and entry < ids[0]):
-        values[0], ids[0] = value, entry
-        sift(values, ids, 0, k)
-    return size
+def step_below(top: Any, value: Any) -> Any:
+    """How many steps `value` is below `top`: from 0, of what is as good as equal, to STEPS - 1, of what is far."""
+    return max(0, min((bits_of(top - value) >> STEP_BIT) - FIRST_STEP, STEPS - 1))
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def top_k(z: Any, known: int, maxima: Any, searched: int, values: Any, ids: Any) -> None:
-    """The len(values) first by (value descending, id ascending) of the columns below `known`."""
+def least_of_largest(values: Any, k: int, top: Any, counts: Any) -> Any:
+    """One of `values` that at least k of them reach, and few more: those of the same step below `top`, which none is
+    above."""
+    counts[:] = 0
+    for value in values:
+        counts[step_below(top, value)] += 1
+    step, reached = 0, counts[0]
+    while reached < k:
+        step += 1
+        reached += counts[step]
+    least = top
+    for value in values:
+        if step_below(top, value) <= step:
+            least = value if value < least else least
+    return least
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def order_key(value: Any, column: int) -> Any:
+    """An integer that orders as (value ascending, column descending)."""
+    bits = np.int64(bits_of(value + F(0.0)))  # of -0 those of 0
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) | (0x7FFFFFFF - column)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def column_of(key: int) -> int:
+    return 0x7FFFFFFF - (key & 0xFFFFFFFF)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def top_k(z: Any, known: int, top: Any, maxima: Any, counts: Any, keys: Any, values: Any, ids: Any) -> None:
+    """The len(values) first by (value descending, id ascending) of the columns below `known`.
+
+    Args:
+        top: at least as large as the largest of them.
+        maxima: of their blocks.
+        counts, keys: integers to work with; of keys more than twice as many as values.
+    """
     k, size = len(values), 0
     if k == 0:
         return
-    least = F(-np.inf)
-    if searched > k:
-        for block in range(searched):
-            if size < k or maxima[block] > values[0]:
-                size = keep_largest(maxima[block], block, values, ids, size)
-        least, size = values[0], 0
-    for block in range(searched):
+    least = least_of_largest(maxima, k, top, counts) if len(maxima) > k else F(-np.inf)
+    last = np.int64(np.iinfo(np.int64).min)  # of the k first so far
+    for block in range(len(maxima)):
         if maxima[block] >= least:
             first, stop, stride = columns_of(block, known, known)
             for column in range(first, stop, stride):
                 if z[column] >= least:
-                    size = keep_largest(z[column], column, values, ids, size)
+                    key = order_key(z[column], column)
+                    if key > last:
+                        keys[size] = key
+                        size += 1
+                        if size == len(keys):
+                            keys.sort()
+                            keys[:k] = keys[size - k :]
+                            last, size = keys[0], k
+                            least = z[column_of(last)]
+    found = keys[:size]
+    found.sort()
+    for place in range(min(k, size)):
+        column = column_of(found[size - 1 - place])
+        values[place], ids[place] = z[column], column
     for place in range(size, k):  # a row with NaN: its answer is no numbers anyway
         values[place], ids[place] = F(np.nan), place
-    for last in range(size - 1, 0, -1):
-        values[0], values[last] = values[last], values[0]
-        ids[0], ids[last] = ids[last], ids[0]
-        sift(values, ids, 0, last)
 
 
 @numba.njit  # type: ignore[untyped-decorator]
@@ -241,6 +265,7 @@ def scan_rows(
     width, k = z_nW.shape[1], topk_nK.shape[1]
     number = known // GROUP * LANES + (known % GROUP + DEPTH - 1) // DEPTH + (width - known + DEPTH - 1) // DEPTH
     maxima, sums = np.empty(number, np.float32), np.empty(number, np.float32)
+    counts, keys = np.empty(STEPS, np.int32), np.empty(2 * k + 64, np.int64)
     stamps = np.zeros(width, np.int64)
     most = 0
     for row in range(start, stop):
@@ -256,7 +281,7 @@ def scan_rows(
         total = 0.0
         for block in range(number):
             total += sums[block]
-        top_k(z, known, maxima, searched, topk_nK[row], ids_nK[row])
+        top_k(z, known, top, maxima[:searched], counts, keys, topk_nK[row], ids_nK[row])
         first, last = offsets[row], offsets[row + 1]
         token_n[row] = z[target_n[row]]
         for place in range(first, last):  # now: the row is in the cache

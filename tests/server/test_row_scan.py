@@ -12,7 +12,10 @@ import torch
 from teacher_server.backends import row_scan
 from teacher_server.backends.row_scan_compiled import GROUP, exponential
 
-KINDS = ("flat", "peaked", "far above 0", "far below 0", "ties", "masked", "all equal")
+KINDS = (
+    *("flat", "peaked", "far above 0", "far below 0", "ties", "masked", "all equal"),
+    *("wide", "one above all others", "few finite", "huge"),
+)
 
 
 def logits_of(kind: str, rows: int, width: int) -> np.ndarray:
@@ -28,6 +31,15 @@ def logits_of(kind: str, rows: int, width: int) -> np.ndarray:
         z[rng.random((rows, width)) < 0.7] = -np.inf
     elif kind == "all equal":
         z[:] = 1.25
+    elif kind == "wide":
+        z *= 40
+    elif kind == "one above all others":
+        z[:, rng.integers(width)] += 90
+    elif kind == "few finite":
+        z[rng.random((rows, width)) < 0.999] = -np.inf
+        z[:, 5] = 0.5
+    elif kind == "huge":
+        z *= 1e30
     return z.astype(np.float32)
 
 
@@ -46,6 +58,7 @@ def expected(z: np.ndarray, known: int, k: int, target: int, ids: np.ndarray) ->
     ("width", "known", "k"),
     [
         (3 * GROUP, 3 * GROUP, 16),
+        (20 * GROUP, 20 * GROUP, 128),
         (2 * GROUP + 77, 2 * GROUP + 77, 64),  # columns behind the groups, the last block not full
         (2 * GROUP + 900, GROUP + 500, 5),  # more columns than ids
         (GROUP + 1, GROUP, 0),
