@@ -125,6 +125,22 @@ def to_proto(info: TeacherInfo) -> pb.TeacherInfo:
     return pb.TeacherInfo(**values)
 
 
+def sealed(info: TeacherInfo) -> bytes:
+    """As a message that begins with the checksum of the rest."""
+    data = to_proto(info).SerializeToString()
+    return _seal(data) + data
+
+
+def check_seal(data: bytes, message: pb.TeacherInfo) -> None:
+    """Raises CorruptResponse where `data`, which was read as `message`, has a checksum that is not of what follows."""
+    if message.checksum and not data.startswith(_seal(data[len(_seal(b"")) :])):
+        raise CorruptResponse("the teacher's description was damaged on its way: its checksum is of another one")
+
+
+def _seal(data: bytes) -> bytes:
+    return pb.TeacherInfo(checksum=hashlib.sha256(data).digest()[:DIGEST_BYTES]).SerializeToString()
+
+
 def to_json(info: TeacherInfo) -> str:
     """For people; the field names are the contract's."""
     return json.dumps(dataclasses.asdict(info), indent=1, ensure_ascii=False)

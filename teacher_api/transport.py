@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from teacher_api import errors
 from teacher_api.errors import CorruptResponse, TeacherError, error_of_kind
+from teacher_api.info import check_seal
 from teacher_api.v1 import teacher_pb2 as pb
 
 PROTOBUF = "application/x-protobuf"
@@ -48,6 +49,13 @@ def parse(kind: type[M], data: bytes) -> M:
         raise CorruptResponse(f"{len(data)} bytes that are no {kind.DESCRIPTOR.name}: {error}") from error
 
 
+def parse_info(data: bytes) -> pb.TeacherInfo:
+    """Raises CorruptResponse where `data` is no description of a teacher, or not the one that was sent."""
+    message = parse(pb.TeacherInfo, data)
+    check_seal(data, message)
+    return message
+
+
 _BY_STATUS: dict[int, type[TeacherError]] = {
     400: errors.InvalidRequest,
     401: errors.Unauthenticated,
@@ -62,6 +70,7 @@ _BY_STATUS: dict[int, type[TeacherError]] = {
     504: errors.Unavailable,
 }
 """What an answer without a problem document means: something between us and the teacher gave it."""
+_REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def error_of_problem(status: int, content_type: str, body: bytes, retry_after: str | None) -> TeacherError:
@@ -82,6 +91,8 @@ def error_of_problem(status: int, content_type: str, body: bytes, retry_after: s
             request_id=str(document.get("request_id", "")),
         )
     text = " ".join(body[:200].decode("utf-8", "replace").split())
+    if not (status in _REDIRECTS or 400 <= status < 600):  # nobody's, but what became of 200 on its way
+        return CorruptResponse(f"an answer of status {status}; expected 200, or that of an error")
     cls = _BY_STATUS.get(status, errors.InternalError)
     return cls(
         f"HTTP {status} without an error document: {text or 'empty body'}", retry_after_s=seconds_of(retry_after)

@@ -17,7 +17,7 @@ from teacher_api import errors, tracing
 from teacher_api.compression import Compression, pack_request
 from teacher_api.errors import TeacherError, error_of_kind
 from teacher_api.tls import NO_TLS, ClientTls
-from teacher_api.transport import MAX_MESSAGE_BYTES, REQUEST_ID, parse
+from teacher_api.transport import MAX_MESSAGE_BYTES, REQUEST_ID, parse, parse_info
 from teacher_api.v1 import teacher_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
@@ -49,6 +49,8 @@ _BY_CODE: dict[str, type[TeacherError]] = {
 _WRITE_FAILED = "Internal error from Core"
 """What grpc.aio says in place of the call's own end where its request could not be written any more: a connection that
 broke, mostly (github.com/grpc/grpc/issues/36066). Asked again, it shows what it was."""
+_BROKEN = ("Stream removed", "No status received")
+"""What gRPC says first where an answer is not HTTP/2, or does not come to its end: no word of the server's."""
 
 
 class _Link:
@@ -125,7 +127,7 @@ class GrpcTransport:
         asked = pb.GetInfoRequest(teacher=teacher).SerializeToString()
         async with self._calling() as link:
             data = await link.info(asked, **self._call(timeout_s, request_id))
-        return parse(pb.TeacherInfo, data)
+        return parse_info(data)
 
     async def score(self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str) -> pb.ScoreResponse:
         async with self._calling() as link:
@@ -178,6 +180,8 @@ class GrpcTransport:
             return errors.TooLarge(f"{self._target}: {details}")
         if code == "INTERNAL" and details == _WRITE_FAILED:
             return errors.Unavailable(f"{self._target}: the request could not be sent to its end")
+        if code in ("INTERNAL", "UNKNOWN") and details.startswith(_BROKEN):
+            return errors.Unavailable(f"{self._target}: {details}")
         cls = _BY_CODE.get(code)
         if cls is None:
             return errors.InternalError(f"{self._target}: gRPC {code}: {details}")

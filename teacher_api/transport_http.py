@@ -18,7 +18,7 @@ from teacher_api import tracing
 from teacher_api.compression import LEAST_BYTES, Compression, Reader, compress
 from teacher_api.errors import CorruptResponse, DeadlineExceeded, InvalidRequest, TeacherError, Unavailable
 from teacher_api.tls import NO_TLS, ClientTls
-from teacher_api.transport import MAX_MESSAGE_BYTES, PROTOBUF, REQUEST_ID, error_of_problem, parse
+from teacher_api.transport import MAX_MESSAGE_BYTES, PROTOBUF, REQUEST_ID, error_of_problem, parse, parse_info
 from teacher_api.v1 import teacher_pb2 as pb
 
 MAX_PROBLEM_BYTES = 64 << 10
@@ -100,7 +100,7 @@ class HttpTransport:
     async def info(self, *, timeout_s: float, request_id: str, teacher: str = "") -> pb.TeacherInfo:
         path = "/v1/info" + (f"?teacher={quote(teacher, safe='')}" if teacher else "")
         async with self._call("GET", path, None, timeout_s, request_id) as response:
-            return parse(pb.TeacherInfo, await _read(response, MAX_MESSAGE_BYTES))
+            return parse_info(await _read(response, MAX_MESSAGE_BYTES))
 
     async def score(self, request: pb.ScoreRequest, *, timeout_s: float, request_id: str) -> pb.ScoreResponse:
         body = request.SerializeToString()

@@ -107,7 +107,7 @@ def _handlers(service: TeacherService, keys: KeyRing) -> grpc.GenericRpcHandler:
                 asked = pb.GetInfoRequest.FromString(await _only(requests, service))
             except DecodeError:
                 raise InvalidRequest("the message is not a teacher.v1.GetInfoRequest") from None
-            await context.write(info_api.to_proto(service.info_of(asked.teacher)).SerializeToString())
+            await context.write(info_api.sealed(service.info_of(asked.teacher)))
 
         return await _answered(context, service, keys, "info", work)
 

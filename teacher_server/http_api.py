@@ -106,7 +106,7 @@ def _add_routes(app: FastAPI, service: TeacherService) -> None:
     async def info(request: Request, teacher: str = "") -> Response:
         found = service.info_of(teacher)
         if PROTOBUF in request.headers.get("accept", ""):
-            return Response(info_api.to_proto(found).SerializeToString(), media_type=PROTOBUF)
+            return Response(info_api.sealed(found), media_type=PROTOBUF)
         return Response(info_api.to_json(found), media_type=JSON)
 
 

@@ -203,8 +203,8 @@ class Soak:
             await self._ask(client)
 
     async def _flipped(self) -> None:
-        """In the body: a flip in the status line may read as an error that is not asked again after."""
-        self._proxy.flip_next(8 * self._chance.randrange(260, 400) + self._chance.randrange(8))
+        """Anywhere in an answer of about this many bytes, its status line and headers too."""
+        self._proxy.flip_next(self._chance.randrange(8 * 400))
         await self._ask(self._clients[2])
 
     async def _left(self) -> None:

@@ -218,7 +218,7 @@ class HeadChunk(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("api_version", "server_version", "features", "fingerprint", "model_name", "model_revision", "weights_digest", "tokenizer_fingerprint", "tokenizer_size", "logit_width", "max_sequence_tokens", "max_top_k", "max_candidates", "max_request_bytes", "max_response_bytes", "dtype", "quantisation", "head_dtype", "engine", "engine_version", "scoring_path", "tokenizer_parts", "max_completions", "hidden_size", "head_digest", "head_bytes", "teachers", "scoring_path_note", "batch_tokens")
+    __slots__ = ("api_version", "server_version", "features", "fingerprint", "model_name", "model_revision", "weights_digest", "tokenizer_fingerprint", "tokenizer_size", "logit_width", "max_sequence_tokens", "max_top_k", "max_candidates", "max_request_bytes", "max_response_bytes", "dtype", "quantisation", "head_dtype", "engine", "engine_version", "scoring_path", "tokenizer_parts", "max_completions", "hidden_size", "head_digest", "head_bytes", "teachers", "scoring_path_note", "batch_tokens", "checksum")
     class TokenizerPartsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -255,6 +255,7 @@ class TeacherInfo(_message.Message):
     TEACHERS_FIELD_NUMBER: _ClassVar[int]
     SCORING_PATH_NOTE_FIELD_NUMBER: _ClassVar[int]
     BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     api_version: int
     server_version: str
     features: _containers.RepeatedScalarFieldContainer[str]
@@ -284,4 +285,5 @@ class TeacherInfo(_message.Message):
     teachers: _containers.RepeatedScalarFieldContainer[str]
     scoring_path_note: str
     batch_tokens: int
-    def __init__(self, api_version: _Optional[int] = ..., server_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., model_name: _Optional[str] = ..., model_revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., tokenizer_size: _Optional[int] = ..., logit_width: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantisation: _Optional[str] = ..., head_dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., scoring_path: _Optional[str] = ..., tokenizer_parts: _Optional[_Mapping[str, str]] = ..., max_completions: _Optional[int] = ..., hidden_size: _Optional[int] = ..., head_digest: _Optional[str] = ..., head_bytes: _Optional[int] = ..., teachers: _Optional[_Iterable[str]] = ..., scoring_path_note: _Optional[str] = ..., batch_tokens: _Optional[int] = ...) -> None: ...
+    checksum: bytes
+    def __init__(self, api_version: _Optional[int] = ..., server_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., model_name: _Optional[str] = ..., model_revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., tokenizer_size: _Optional[int] = ..., logit_width: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., quantisation: _Optional[str] = ..., head_dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., scoring_path: _Optional[str] = ..., tokenizer_parts: _Optional[_Mapping[str, str]] = ..., max_completions: _Optional[int] = ..., hidden_size: _Optional[int] = ..., head_digest: _Optional[str] = ..., head_bytes: _Optional[int] = ..., teachers: _Optional[_Iterable[str]] = ..., scoring_path_note: _Optional[str] = ..., batch_tokens: _Optional[int] = ..., checksum: _Optional[bytes] = ...) -> None: ...

@@ -84,7 +84,17 @@ def test_unknown_kind_is_not_retried(serve, record_property):
     holds(record_property, "C1", "an unknown kind: not asked again")
 
 
-@pytest.mark.parametrize(("status", "calls", "error"), [(502, 2, None), (429, 2, None), (500, 1, errors.InternalError)])
+@pytest.mark.parametrize(
+    ("status", "calls", "error"),
+    [
+        (502, 2, None),
+        (429, 2, None),
+        (220, 2, None),  # one bit from 200
+        (300, 2, None),
+        (308, 1, errors.InternalError),
+        (500, 1, errors.InternalError),
+    ],
+)
 def test_http_errors_of_a_proxy(status, calls, error):
     teacher = FakeTeacher(Fault(raw=(status, b"<html>bad gateway</html>")))
     request = a_request(1)
@@ -120,13 +130,19 @@ def test_damage_is_caught_and_asked_again(serve, damage, streamed):
 
 
 @pytest.mark.parametrize(
-    ("details", "kind"),
-    [("Internal error from Core", "unavailable"), ("the server's own words", "internal")],
+    ("code", "details", "kind"),
+    [
+        ("INTERNAL", "Internal error from Core", "unavailable"),  # github.com/grpc/grpc/issues/36066
+        ("INTERNAL", "Stream removed (Illegal header key: grpc-Status)", "unavailable"),
+        ("UNKNOWN", "Stream removed (Failed parsing HTTP/2 (invalid ping: length=0, flags=1))", "unavailable"),
+        ("UNKNOWN", "No status received", "unavailable"),
+        ("INTERNAL", "the server's own words", "internal"),
+        ("UNKNOWN", "the server's own words", "internal"),
+    ],
 )
-def test_a_request_that_grpc_could_not_send_to_its_end_is_asked_again_and_other_internal_errors_are_not(details, kind):
-    """github.com/grpc/grpc/issues/36066: a broken connection may show as INTERNAL."""
+def test_what_grpc_says_of_a_broken_connection_is_asked_again_and_other_internal_errors_are_not(code, details, kind):
     metadata = grpc.aio.Metadata()
-    ended = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, details)
+    ended = grpc.aio.AioRpcError(grpc.StatusCode[code], metadata, metadata, details)
 
     async def classified() -> errors.TeacherError:
         transport = GrpcTransport("127.0.0.1:1", secure=False, api_key=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from fake_teacher import FakeTeacher
 from tinymodels import tiny_tokenizer
 
 from teacher_api import errors, info
+from teacher_api.transport import parse_info
 from teacher_api.v1 import teacher_pb2 as pb
 
 FACTS = {
@@ -106,6 +108,33 @@ def test_info_survives_the_wire():
     message = pb.TeacherInfo.FromString(info.to_proto(said).SerializeToString())
     assert info.from_proto(message) == said
     assert json.loads(info.to_json(said))["max_completions"] == said.max_completions
+
+
+def test_a_sealed_description_is_read_with_or_without_its_seal():
+    said = FakeTeacher().info
+    data = info.sealed(said)
+    assert info.from_proto(parse_info(data)) == said
+    assert data[3:19] == hashlib.sha256(data[19:]).digest()[:16]
+    assert info.from_proto(parse_info(data[19:])) == said
+
+
+def test_no_flipped_bit_changes_what_a_teacher_says_of_itself():
+    said = FakeTeacher().info
+    data, refused = info.sealed(said), 0
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            assert info.from_proto(parse_info(bytes(damaged))) == said, bit  # a flip in the seal's own tag
+        except errors.CorruptResponse:
+            refused += 1
+    assert refused >= 8 * len(data) - 24
+
+
+def test_a_seal_that_does_not_come_first_is_none_of_ours():
+    data = info.sealed(FakeTeacher().info)
+    with pytest.raises(errors.CorruptResponse, match="checksum is of another one"):
+        parse_info(data[19:] + data[:19])
 
 
 def test_another_version_of_the_contract_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -177,8 +178,10 @@ def test_the_description_is_complete_and_the_same_on_both_transports(server: Ser
 
     over_http = server.info()
     with channel(server) as opened:
-        over_grpc = pb.TeacherInfo.FromString(call(opened, "GetInfo", b""))
+        data = call(opened, "GetInfo", b"")
+    over_grpc = pb.TeacherInfo.FromString(data)
     assert over_http == over_grpc
+    assert over_grpc.checksum == hashlib.sha256(data[19:]).digest()[:16], "its own field first, and what it is of"
     assert over_http.fingerprint == server.fingerprint
     assert (over_http.api_version, over_http.tokenizer_size) == (1, VOCABULARY)
     assert over_http.logit_width >= over_http.tokenizer_size
