@@ -22,6 +22,9 @@ from teacher_api.errors import Incomplete, InvalidRequest, TeacherError, TooLarg
 from teacher_server.problem import problem, request_id_of
 
 MAX_HEADER_BYTES = 1 << 16
+KEEP_ALIVE_S = 75
+"""For which a connection without requests stays open: longer than clients and balancers keep theirs (httpx for 5 s,
+many balancers for 60), or one would ask in the moment in which we close."""
 LINGER_S = 1.0  # an answer is lost where its connection is reset while the caller still sends
 
 
@@ -45,6 +48,7 @@ class HttpServer(uvicorn.Server):
                 lifespan="off",
                 ws="none",
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=grace_s,  # type: ignore[arg-type]  # any number of seconds
             )
         )

@@ -138,7 +138,9 @@ class Soak:
                 for url in (*urls, f"http://{self._proxy.target}")
             ]
             await self._clients[2].info()
-            self._http = await stack.enter_async_context(httpx.AsyncClient(timeout=60))
+            # Without our retries: a connection that is used again may be one that the server closes in that moment.
+            fresh = httpx.Limits(max_keepalive_connections=0)
+            self._http = await stack.enter_async_context(httpx.AsyncClient(timeout=60, limits=fresh))
             await self._stream(seconds)
             if watching is not None:
                 watching.cancel()

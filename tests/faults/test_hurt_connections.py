@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from faultproxy import Hurt, hurting
@@ -188,6 +189,20 @@ def test_a_bit_flipped_while_clients_ask_who_is_there_is_noticed(server: Server)
             with TeacherClient(url, timeout_s=60, attempt_timeout_s=0.5) as client:
                 (answer,) = client.score(request, return_errors=True)
             assert equal(answer, wanted[0]), answer
+
+
+def test_a_connection_outlasts_the_pools_of_clients(server: Server):
+    """Who closes first decides whether a question is sent into a connection that is being closed."""
+    pool = httpx.Limits(max_connections=1, keepalive_expiry=60)
+    with httpx.Client(limits=pool) as client:
+        opened = []
+        for wait_s in (0, 5.5):  # httpx keeps its own for 5 s
+            time.sleep(wait_s)
+            with client.stream("GET", f"{server.http_url}/v1/info") as answer:
+                answer.read()
+                opened.append(answer.extensions["network_stream"].get_extra_info("client_addr"))
+            assert answer.status_code == 200
+    assert opened[0] == opened[1]
 
 
 def _asked(sent: bytearray) -> int:
